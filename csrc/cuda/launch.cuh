@@ -1,0 +1,80 @@
+// What the launchers share: the device, the noise of eight columns, the choice of template, error messages.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#undef NDEBUG  // for the declaration of __assert_fail
+#include <cassert>
+#include <stdexcept>
+#include <type_traits>
+
+#include "../element.h"
+#include "../philox.h"
+#include "kernels.h"
+#include "vector.cuh"
+
+namespace vittle::cuda {
+
+constexpr int kThreads = 128;
+constexpr int kTile = kThreads * kVector;  // columns that a block handles at a time
+
+inline void check(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+// Makes a device current for the lifetime of the guard.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check(cudaGetDevice(&previous_));
+    if (device_ != previous_) check(cudaSetDevice(device_));
+  }
+  ~DeviceGuard() {
+    if (device_ != previous_) cudaSetDevice(previous_);
+  }
+
+ private:
+  int device_, previous_ = 0;
+};
+
+// The noise of columns [column, column + 8) of a token's row; column is a multiple of 8.
+__device__ __forceinline__ void load_normals(PhiloxKey key, int64_t token, int64_t column, float (&eps)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; i += 4) {
+    const Normals n = vittle::normals(noise_words(key, token, static_cast<uint32_t>((column + i) / 4)));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) eps[i + j] = n.eps[j];
+  }
+}
+
+// A rows tensor comes from the user and is not read on the host, so a bad index is caught here.
+__device__ __forceinline__ int64_t checked_token(const Problem& p, int64_t i) {
+  const int64_t token = token_of(p, i);
+  if (static_cast<uint64_t>(token) >= static_cast<uint64_t>(p.tokens)) {
+    __assert_fail("rows[i] in [0, tokens)", "fused_ib", __LINE__, "rows");
+  }
+  return token;
+}
+
+inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+inline bool is_aligned(const Rows& rows, DType dtype) {
+  const int64_t step = dtype == DType::float32 ? 4 : 8;
+  return is_aligned(rows.data) && rows.inner_stride % step == 0 && rows.outer_stride % step == 0;
+}
+
+inline bool is_aligned(const Problem& p) {
+  return p.width % kVector == 0 && is_aligned(p.posterior, p.posterior_type) && is_aligned(p.prior);
+}
+
+template <typename F>
+void with_types(const Problem& p, F&& f) {
+  with_type(p.hidden_type, [&](auto h) { with_type(p.posterior_type, [&](auto q) { f(h, q); }); });
+}
+
+template <typename F>
+void with_flag(bool flag, F&& f) {
+  flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
+}  // namespace vittle::cuda

@@ -1,0 +1,65 @@
+// The noise contract: eps[row, col] is a pure function of (seed, row, col). vittle_kernels/noise.py is its twin.
+//
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
+// key = (low, high word of the seed) and counter = (col / 4, row low, row high, 0) gives four words a call.
+// Words (0, 1) make columns 4q, 4q + 1 and words (2, 3) make 4q + 2, 4q + 3 by Box-Muller.
+#pragma once
+
+#include "approx.h"
+
+namespace vittle {
+
+struct PhiloxKey {
+  uint32_t low, high;
+};
+
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+VITTLE_FN PhiloxKey philox_key(int64_t seed) {
+  return {static_cast<uint32_t>(static_cast<uint64_t>(seed)), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
+}
+
+// Recursive, not a loop: a vectorizer wants the loop around it to be the innermost one.
+template <int kRounds>
+VITTLE_FN PhiloxWords philox4x32(PhiloxKey key, PhiloxWords counter) {
+  const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * counter.word[0];
+  const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * counter.word[2];
+  const PhiloxWords mixed = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key.low,
+                              static_cast<uint32_t>(product1),
+                              static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key.high,
+                              static_cast<uint32_t>(product0)}};
+  if constexpr (kRounds == 1) {
+    return mixed;
+  } else {
+    return philox4x32<kRounds - 1>({key.low + 0x9E3779B9u, key.high + 0xBB67AE85u}, mixed);
+  }
+}
+
+VITTLE_FN PhiloxWords noise_words(PhiloxKey key, int64_t row, uint32_t quad) {
+  const uint64_t r = static_cast<uint64_t>(row);
+  return philox4x32<10>(key, {{quad, static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), 0u}});
+}
+
+// Two standard normals from two words: radius sqrt(-2 ln u) and angle 2 pi u', u = (word + 1/2) 2^-32.
+VITTLE_FN void box_muller(uint32_t radius_word, uint32_t angle_word, float& even, float& odd) {
+  const float u = static_cast<float>(radius_word) * 2.32830644e-10f + 1.16415322e-10f;
+  const float radius = square_root(-1.38629436f * log2_of_fraction(u));  // -2 ln u = -2 ln 2 log2 u
+  const SinCos direction = sincos_of_turn(angle_word);
+  even = radius * direction.cos;
+  odd = radius * direction.sin;
+}
+
+struct Normals {
+  float eps[4];
+};
+
+VITTLE_FN Normals normals(PhiloxWords words) {
+  Normals n;
+  box_muller(words.word[0], words.word[1], n.eps[0], n.eps[1]);
+  box_muller(words.word[2], words.word[3], n.eps[2], n.eps[3]);
+  return n;
+}
+
+}  // namespace vittle
