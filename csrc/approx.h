@@ -38,15 +38,16 @@ VITTLE_FN float clamp(float x, float low, float high) {
 #endif
 }
 
-// e^x. Host: relative error at most 2 ulp, overflow to infinity and gradual underflow as expf has them.
-VITTLE_FN float exponential(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
-  return y;
-#else
+#if !defined(__CUDA_ARCH__)
+// e^x = (1 + fraction) 2^exponent for x in about [-104, 89]. Both results below keep their precision by rounding
+// 1 + fraction once.
+struct SplitExponential {
+  float fraction;
+  int32_t exponent;
+};
+
+VITTLE_FN SplitExponential split_exponential(float x) {
   const float round_to_int = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
-  x = clamp(x, -104.0f, 89.0f);
   const float shifted = x * 1.44269504f + round_to_int;
   const float n = shifted - round_to_int;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -55,13 +56,39 @@ VITTLE_FN float exponential(float x) {
   p = p * r + 4.16683890e-2f;
   p = p * r + 1.66665211e-1f;
   p = p * r + 4.99999940e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // Two factors, because 2^n alone leaves the range of fp32 before e^x does.
-  const int32_t exponent = static_cast<int32_t>(as_bits(shifted)) - static_cast<int32_t>(as_bits(round_to_int));
-  const int32_t half = exponent >> 1;
-  const float scale = as_float(static_cast<uint32_t>(half + 127) << 23);
-  const float rest = as_float(static_cast<uint32_t>(exponent - half + 127) << 23);
-  return p * scale * rest;
+  return {p * (r * r) + r, static_cast<int32_t>(as_bits(shifted) - as_bits(round_to_int))};
+}
+
+VITTLE_FN float power_of_two(int32_t n) { return as_float(static_cast<uint32_t>(n + 127) << 23); }
+#endif
+
+// e^x. Host: relative error at most 2 ulp, overflow to infinity and gradual underflow as expf has them.
+VITTLE_FN float exponential(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
+#else
+  const SplitExponential e = split_exponential(clamp(x, -104.0f, 89.0f));
+  const int32_t half = e.exponent >> 1;  // two factors, because 2^n alone leaves fp32 before e^x does
+  return (1.0f + e.fraction) * power_of_two(half) * power_of_two(e.exponent - half);
+#endif
+}
+
+// A Gaussian's standard deviation e^(s/2) and variance e^s. Host: relative errors at most 2 ulp.
+struct Spread {
+  float sigma, variance;
+};
+
+VITTLE_FN Spread spread(float s) {
+#if defined(__CUDA_ARCH__)
+  const float sigma = exponential(0.5f * s);
+  return {sigma, sigma * sigma};
+#else
+  const SplitExponential e = split_exponential(clamp(0.5f * s, -87.0f, 89.0f));
+  const float scale = power_of_two(e.exponent);
+  const float squared = e.fraction * e.fraction + 2.0f * e.fraction;  // (1 + fraction)^2 - 1
+  return {(1.0f + e.fraction) * scale, (1.0f + squared) * scale * scale};
 #endif
 }
 

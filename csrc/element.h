@@ -25,10 +25,9 @@ template <bool kLearnedPrior>
 VITTLE_FN ForwardElement forward_element(float h, float mean, float logvar, float eps, Interpolation mix, float bound,
                                          float prior_mean, float prior_logvar) {
   const float s = clamp(logvar, -bound, bound);
-  const float sigma = exponential(0.5f * s);
+  const auto [sigma, variance] = spread(s);
   const float z = mean + sigma * eps;
   const float out = mix.keep * h + mix.alpha * z;
-  const float variance = sigma * sigma;
   if constexpr (kLearnedPrior) {
     const float shift = mean - prior_mean;
     const float precision = exponential(-prior_logvar);
@@ -48,8 +47,7 @@ template <bool kLearnedPrior>
 VITTLE_FN BackwardElement backward_element(float g, float k, float mean, float logvar, float eps, Interpolation mix,
                                            float bound, float prior_mean, float prior_logvar) {
   const float s = clamp(logvar, -bound, bound);
-  const float sigma = exponential(0.5f * s);
-  const float variance = sigma * sigma;
+  const auto [sigma, variance] = spread(s);
   const float dz = mix.alpha * g;
   const float dsample = 0.5f * dz * eps * sigma;
   if constexpr (kLearnedPrior) {

@@ -24,6 +24,8 @@ except ImportError as error:
 ROWS_PER_BLOCK = 32
 """The prior's gradient sums fixed blocks of rows, then a group's blocks in their order: the same bits on any grid."""
 
+_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+
 
 def why_unavailable(device: torch.device | None) -> str | None:
     """None where the Triton kernels can serve tensors on the device (None: on some device of this machine)."""
@@ -75,10 +77,6 @@ if triton is not None:
         return tl.where(x > bound, bound, x)
 
     @triton.jit
-    def _exp(x):
-        return tl.exp2(x * 1.4426950408889634)
-
-    @triton.jit
     def _group_rows(offsets, group, groups, tokens, ROWS: tl.constexpr):
         """Posterior rows [begin, end) of a group and its blocks [first, last)."""
         begin = tokens * 0
@@ -124,15 +122,15 @@ if triton is not None:
             mu = tl.load(posterior + c, mask=mask, other=0.0).to(tl.float32)
             s = _clamp(tl.load(posterior + width + c, mask=mask, other=0.0).to(tl.float32), bound)
             eps = _normals(seed, token, column, BLOCK)
-            sigma = _exp(0.5 * s)
-            z = mu + sigma * eps
+            variance = tl.exp(s)
+            z = mu + tl.exp(0.5 * s) * eps
             tl.store(out + c, ((1.0 - alpha) * h + alpha * z).to(out.dtype.element_ty), mask=mask)
             if HAS_PRIOR:
                 m = tl.load(prior + c, mask=mask, other=0.0)
                 v = tl.load(prior + width + c, mask=mask, other=0.0)
-                element_kl = 0.5 * (v - s + (sigma * sigma + (mu - m) * (mu - m)) * _exp(-v) - 1.0)
+                element_kl = 0.5 * (v - s + (variance + (mu - m) * (mu - m)) * tl.exp(-v) - 1.0)
             else:
-                element_kl = 0.5 * (sigma * sigma - s + mu * mu - 1.0)
+                element_kl = 0.5 * (variance - s + mu * mu - 1.0)
             row_kl += tl.where(mask, element_kl, 0.0)
         tl.store(kl + token, tl.sum(row_kl, 0) / width)
 
@@ -159,15 +157,15 @@ if triton is not None:
             group = block * 0
             begin = tokens
             end = tokens
-            for g in range(0, groups):
-                rows_begin, rows_end, first, last = _group_rows(offsets, g, groups, tokens, ROWS)
+            for candidate in range(0, groups):
+                rows_begin, rows_end, first, last = _group_rows(offsets, candidate, groups, tokens, ROWS)
                 if (block >= first) & (block < last):
-                    group = block * 0 + g
+                    group = block * 0 + candidate
                     begin = rows_begin + (block - first) * ROWS
                     end = tl.minimum(begin + ROWS, rows_end)
             m = tl.load(prior + group * 2 * width + c, mask=mask, other=0.0)
             v = tl.load(prior + group * 2 * width + width + c, mask=mask, other=0.0)
-            precision = _exp(-v)
+            precision = tl.exp(-v)
             dm = tl.zeros([BLOCK], tl.float32)
             dv = tl.zeros([BLOCK], tl.float32)
 
@@ -180,19 +178,19 @@ if triton is not None:
             g = tl.load(g_row + c, mask=mask, other=0.0).to(tl.float32)
             mu = tl.load(q_row + c, mask=mask, other=0.0).to(tl.float32)
             s = _clamp(tl.load(q_row + width + c, mask=mask, other=0.0).to(tl.float32), bound)
-            sigma = _exp(0.5 * s)
+            variance = tl.exp(s)
             dz = alpha * g
-            ds = 0.5 * dz * _normals(seed, token, column, BLOCK) * sigma
+            ds = 0.5 * dz * _normals(seed, token, column, BLOCK) * tl.exp(0.5 * s)
             if HAS_PRIOR:
                 shift = (mu - m) * precision
-                ratio = sigma * sigma * precision
+                ratio = variance * precision
                 dmu = dz + k * shift
                 ds += 0.5 * k * (ratio - 1.0)
                 dm -= k * shift
                 dv += 0.5 * k * (1.0 - ratio - shift * (mu - m))
             else:
                 dmu = dz + k * mu
-                ds += 0.5 * k * (sigma * sigma - 1.0)
+                ds += 0.5 * k * (variance - 1.0)
             if NEED_HIDDEN:
                 dh = (1.0 - alpha) * g
                 tl.store(grad_hidden + token * width + c, dh.to(grad_hidden.dtype.element_ty), mask=mask)
@@ -231,7 +229,7 @@ def forward(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
                 *row_layout(hidden), *row_layout(problem.posterior), out, kl, problem.alpha, problem.seed,
                 problem.rows, prior, problem.offsets, problem.groups, problem.width, _bound(problem),
                 HAS_ROWS=problem.rows is not None, HAS_PRIOR=prior is not None, BLOCK=_block(problem.width),
-                num_warps=4,
+                **_LAUNCH,
             )  # fmt: skip
     return out, kl
 
@@ -253,7 +251,7 @@ def backward(
             problem.alpha, problem.seed, problem.rows, prior, problem.offsets, problem.groups,
             problem.tokens, width, _bound(problem),
             NEED_HIDDEN=need_hidden, HAS_ROWS=problem.rows is not None, HAS_PRIOR=prior is not None,
-            BLOCK=block, ROWS=ROWS_PER_BLOCK, num_warps=4,
+            BLOCK=block, ROWS=ROWS_PER_BLOCK, **_LAUNCH,
         )  # fmt: skip
         if prior is None:
             return grad_hidden, grad_posterior, None
@@ -261,7 +259,7 @@ def backward(
         grad_prior = torch.empty((problem.groups, 2 * width), dtype=torch.float32, device=device)
         _sum_partials_kernel[(triton.cdiv(2 * width, 128), problem.groups)](
             partials, grad_prior, problem.offsets, problem.groups, problem.tokens, 2 * width,
-            BLOCK=128, ROWS=ROWS_PER_BLOCK, num_warps=4,
+            BLOCK=128, ROWS=ROWS_PER_BLOCK, **_LAUNCH,
         )  # fmt: skip
     return grad_hidden, grad_posterior, grad_prior.to(problem.prior.dtype).view(problem.prior.shape)
 
