@@ -46,14 +46,19 @@ class FusedIBFunction(torch.autograd.Function):
         return out, kl
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of hidden, posterior and prior."""
         need_hidden, _, _, need_prior = ctx.needs_input_grad[:4]
         grad_hidden, grad_posterior, grad_prior = torch.ops.vittle_kernels.fused_ib_backward(
             grad_out, grad_kl, need_hidden, *ctx.saved_tensors, ctx.logvar_bound, ctx.backend
         )
-        gradients = grad_hidden if need_hidden else None, grad_posterior, None, grad_prior if need_prior else None
+        gradients = (
+            grad_hidden if need_hidden else None,
+            grad_posterior,
+            None,
+            grad_prior if need_prior else None,
+        )
         return *gradients, None, None, None, None, None
 
 

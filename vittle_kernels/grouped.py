@@ -58,9 +58,7 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> T
 
 
 @torch.library.impl("vittle_kernels::grouped_linear_backward", "default")
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, need_x: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     if _has_grouped_mm(x, weight):
@@ -93,7 +91,7 @@ class _GroupedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]
@@ -119,7 +117,7 @@ class _TakeRows(torch.autograd.Function):
         return x.index_select(0, rows)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None

@@ -166,7 +166,11 @@ class FusedIB(nn.Module):
         return grouped_linear(F.gelu(inner), weight_out.to(dtype), bias_out.to(dtype), offsets)
 
     def _check(
-        self, hidden_states: Tensor, vision_mask: Tensor | None, text_kl_mask: Tensor | None, kl_weights: Tensor | None
+        self,
+        hidden_states: Tensor,
+        vision_mask: Tensor | None,
+        text_kl_mask: Tensor | None,
+        kl_weights: Tensor | None,
     ) -> None:
         if hidden_states.shape[-1:] != (self.hidden_size,):
             raise ValueError(f"hidden_states is {tuple(hidden_states.shape)}; must be (..., {self.hidden_size})")
@@ -174,11 +178,13 @@ class FusedIB(nn.Module):
         for name, mask in (("vision_mask", vision_mask), ("text_kl_mask", text_kl_mask)):
             if mask is not None and mask.dtype != torch.bool:
                 raise TypeError(f"{name} is {mask.dtype}; must be torch.bool")
-        for name, each in (("vision_mask", vision_mask), ("text_kl_mask", text_kl_mask), ("kl_weights", kl_weights)):
+        for name, each in (
+            ("vision_mask", vision_mask),
+            ("text_kl_mask", text_kl_mask),
+            ("kl_weights", kl_weights),
+        ):
             if each is not None and each.shape != expected:
-                raise ValueError(
-                    f"{name} is {tuple(each.shape)}; must be {tuple(expected)}, one entry for each token"
-                )
+                raise ValueError(f"{name} is {tuple(each.shape)}; must be {tuple(expected)}, one entry for each token")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedIB:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -192,7 +192,10 @@ def assert_as_good_as_torch(inputs: Inputs, results: dict[str, Tensor], eps: Ten
     for _ in range(32):
         prior = None if inputs.prior is None else nearby(inputs.prior)
         other = replace(inputs, hidden=nearby(inputs.hidden), posterior=nearby(inputs.posterior), prior=prior)
-        plain, truth = reference(other, eps, torch.float32, _closed_form), reference(other, eps, torch.float64)
+        plain, truth = (
+            reference(other, eps, torch.float32, _closed_form),
+            reference(other, eps, torch.float64),
+        )
         for name in torch_error:
             torch_error[name] = max(torch_error[name], (plain[name].double() - truth[name]).abs().max().item())
     for name, bound in torch_error.items():

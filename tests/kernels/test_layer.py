@@ -171,7 +171,9 @@ def test_start_and_size() -> None:
     assert abs(layer.weight_in.std() - 0.02) < 1e-3 and abs(layer.weight_out.std() - 0.02) < 1e-3
     assert not layer.bias_in.any() and not layer.bias_out.any() and not layer.prior.any()
     with torch.device("meta"):
-        seven_b = {prior: sum(p.numel() for p in FusedIB(4096, prior=prior).parameters()) for prior in ("fixed", "learnable")}
+        seven_b = {
+            prior: sum(p.numel() for p in FusedIB(4096, prior=prior).parameters()) for prior in ("fixed", "learnable")
+        }
     assert seven_b == {"fixed": 100_687_872, "learnable": 100_687_872 + 16_384}
 
 
@@ -220,7 +222,10 @@ def test_compiles_whole_and_follows_alpha() -> None:
     [
         (r"hidden_states is \(3, 11, 23\); must be \(..., 24\)", lambda h, v, t: (h[..., 1:], v, t)),
         (r"vision_mask is torch.int64; must be torch.bool", lambda h, v, t: (h, v.long(), t)),
-        (r"vision_mask is \(3, 10\); must be \(3, 11\), one entry for each token", lambda h, v, t: (h, v[:, 1:], t)),
+        (
+            r"vision_mask is \(3, 10\); must be \(3, 11\), one entry for each token",
+            lambda h, v, t: (h, v[:, 1:], t),
+        ),
         (r"text_kl_mask is \(11,\); must be \(3, 11\)", lambda h, v, t: (h, v, t[0])),
     ],
 )

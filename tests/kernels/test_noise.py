@@ -61,9 +61,7 @@ def philox_words(case: Case, seed: int, counters: Tensor) -> Tensor:
         philox_kernel[(1,)](seed_tensor, counters, words, triton.next_power_of_2(len(counters)))
         return words
     packed, words = to_uint32(counters), words.to(torch.int32)
-    native.library().philox(
-        native.target(packed.device), signed, packed.data_ptr(), words.data_ptr(), len(counters)
-    )
+    native.library().philox(native.target(packed.device), signed, packed.data_ptr(), words.data_ptr(), len(counters))
     return words.long() & 0xFFFFFFFF
 
 
@@ -104,7 +102,7 @@ def test_words_agree_on_every_backend(case: Case) -> None:
 
 def edge_words() -> Tensor:
     edges = [0, 1, 2, 2**29, 2**30, 2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30, *range(2**32 - 4096, 2**32)]
-    grid = torch.cartesian_prod(torch.tensor(edges), torch.tensor(edges[:9] + [2**32 - 1]))
+    grid = torch.cartesian_prod(torch.tensor(edges), torch.tensor([*edges[:9], 2**32 - 1]))
     return torch.cat((grid, grid.flip(1)))
 
 

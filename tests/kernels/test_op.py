@@ -35,7 +35,11 @@ def test_alpha(case: Case, alpha: float) -> None:
     if alpha == 0:
         assert torch.equal(results["out"], inputs.hidden)
     as_tensor, _ = fused_ib(
-        inputs.hidden, inputs.posterior, torch.tensor(alpha, device=case.device), backend=case.backend, **inputs.options
+        inputs.hidden,
+        inputs.posterior,
+        torch.tensor(alpha, device=case.device),
+        backend=case.backend,
+        **inputs.options,
     )
     assert torch.equal(as_tensor, results["out"])
 
@@ -46,7 +50,13 @@ def test_half_precision_is_the_rounded_fp32_result(
     case: Case, hidden_dtype: torch.dtype, posterior_dtype: torch.dtype
 ) -> None:
     inputs = make_inputs(
-        6, 72, device=case.device, hidden_dtype=hidden_dtype, posterior_dtype=posterior_dtype, groups=2, permuted=True
+        6,
+        72,
+        device=case.device,
+        hidden_dtype=hidden_dtype,
+        posterior_dtype=posterior_dtype,
+        groups=2,
+        permuted=True,
     )
     results, exact = run_op(inputs, case.backend), run_op(inputs.to(torch.float32), case.backend)
     expected = {"out": hidden_dtype, "grad_hidden": hidden_dtype, "grad_posterior": posterior_dtype}
@@ -112,7 +122,9 @@ def test_bound_and_its_straight_through_gradient(case: Case) -> None:
 def test_special_values_spread_as_in_the_reference(case: Case, where: str, value: float) -> None:
     inputs = make_inputs(3, 20, device=case.device, groups=1)
     half = 20 if "logvar" in where else 0
-    target = {"mean": "posterior", "logvar": "posterior", "prior_mean": "prior", "prior_logvar": "prior"}.get(where, where)
+    target = {"mean": "posterior", "logvar": "posterior", "prior_mean": "prior", "prior_logvar": "prior"}.get(
+        where, where
+    )
     tensor = getattr(inputs, target).clone()
     tensor[(1, half + 7) if tensor.dim() == 2 else (1 if where == "grad_kl" else half + 7)] = value
     inputs = replace(inputs, **{target: tensor})

@@ -79,8 +79,7 @@ GOLDEN = {
     "an image first": (
         LLAVA,
         ["<image> which digit is this?", "it is a six."],
-        "<s> USER : Ġ <image>x4 Ċ [which] [Ġdigit] [Ġis] [Ġthis] [?] ĠASSISTANT : "
-        "{Ġit} {Ġis} {Ġa} {Ġsix} {.} {</s>}",
+        "<s> USER : Ġ <image>x4 Ċ [which] [Ġdigit] [Ġis] [Ġthis] [?] ĠASSISTANT : {Ġit} {Ġis} {Ġa} {Ġsix} {.} {</s>}",
     ),
     "several turns": (
         LLAVA,
@@ -128,9 +127,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
 @pytest.mark.parametrize(("template", "turns", "expected"), GOLDEN.values(), ids=GOLDEN)
-def test_labels_and_instruction_mask(
-    template: str, turns: list[str], expected: str, trim_offsets: bool
-) -> None:
+def test_labels_and_instruction_mask(template: str, turns: list[str], expected: str, trim_offsets: bool) -> None:
     llava = processor(template, byte_level(trim_offsets))
     assert spell(llava, Collator(llava)([item(*turns)])) == expected
 
@@ -166,9 +163,7 @@ def test_a_batch_without_images_has_no_pixel_values() -> None:
 
 def test_what_else_the_processor_returns_is_kept() -> None:
     anyres = LlavaNextProcessor(
-        LlavaNextImageProcessorPil(
-            size={"shortest_edge": 4}, crop_size=SIDE, image_grid_pinpoints=[[4, 8], [8, 4]]
-        ),
+        LlavaNextImageProcessorPil(size={"shortest_edge": 4}, crop_size=SIDE, image_grid_pinpoints=[[4, 8], [8, 4]]),
         byte_level(),
         patch_size=2,
         vision_feature_select_strategy="default",
@@ -202,9 +197,7 @@ texts = words.map(str.strip).filter(bool)
     tokenizer=st.sampled_from([byte_level(False), byte_level(True), metaspace()]),
     turns=st.lists(st.tuples(texts, texts, st.integers(0, 2)), min_size=1, max_size=4),
 )
-def test_tokens_decode_back_to_the_turns(
-    family: str, tokenizer: Any, turns: list[tuple[str, str, int]]
-) -> None:
+def test_tokens_decode_back_to_the_turns(family: str, tokenizer: Any, turns: list[tuple[str, str, int]]) -> None:
     record = item(*(turn for q, a, images in turns for turn in ("<image>" * images + q, a)))
     batch = Collator(processor(TEMPLATES[family], tokenizer))([record, item("which?", "six")])
     ids, labels, instruction = (batch[key][0] for key in ("input_ids", "labels", "instruction_mask"))
@@ -216,9 +209,7 @@ def test_tokens_decode_back_to_the_turns(
 
 def decoded_runs(tokenizer: Any, ids: Tensor, mask: Tensor) -> list[str]:
     runs = [
-        [id for id, _ in run]
-        for flag, run in groupby(zip(ids, mask, strict=True), lambda pair: bool(pair[1]))
-        if flag
+        [id for id, _ in run] for flag, run in groupby(zip(ids, mask, strict=True), lambda pair: bool(pair[1])) if flag
     ]
     return [tokenizer.decode(run, clean_up_tokenization_spaces=False).strip() for run in runs]
 

@@ -200,8 +200,7 @@ BAD_RECORDS = {
     ),
     "a path that climbs out": (
         record(image="a/../../outside.png", conversations=turns("<image>", "a")),
-        'image "a/../../outside.png" leads to {parent}/outside.png; '
-        "it must stay inside the image folder {folder}",
+        'image "a/../../outside.png" leads to {parent}/outside.png; it must stay inside the image folder {folder}',
     ),
     "a path that cannot be": (
         record(image="a\0b", conversations=turns("<image>", "a")),
@@ -227,9 +226,7 @@ def test_a_symbolic_link_must_not_lead_out_of_the_folder(folder: Path, link: str
     (folder / "loop").symlink_to(folder / "loop")
     name = {"file": "file", "folder": "folder/outside.png", "loop": "loop"}[link]
     path = save(folder, [record(image=name, conversations=turns("<image>", "a"))])
-    with pytest.raises(
-        UserError, match="is missing|cannot be looked up" if link == "loop" else "must stay inside"
-    ):
+    with pytest.raises(UserError, match="is missing|cannot be looked up" if link == "loop" else "must stay inside"):
         LlavaDataset(path, folder)
 
 
@@ -285,9 +282,7 @@ def test_a_broken_image_is_named_on_access(folder: Path, content: bytes | None, 
     dataset = LlavaDataset(path, folder)
     with pytest.raises(UserError) as refusal:
         dataset[1]
-    assert str(refusal.value).startswith(
-        f'{path}: record 1 (id "x"): image {file} cannot be decoded ({reason}'
-    )
+    assert str(refusal.value).startswith(f'{path}: record 1 (id "x"): image {file} cannot be decoded ({reason}')
 
 
 def test_an_error_in_a_worker_stays_one_line(folder: Path) -> None:

@@ -84,9 +84,7 @@ def parts(turn: str) -> list[dict[str, str]]:
 
 def marked(template: str, *turns: str) -> str:
     """The rendered chat with [instructions] and {responses} in brackets."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level()._tokenizer, bos_token="<s>", eos_token="</s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level()._tokenizer, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = template
     text, spans = ChatTemplate(tokenizer).render(chat(*turns))
     for start, end, kind in reversed(spans):

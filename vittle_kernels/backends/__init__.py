@@ -28,7 +28,7 @@ def get_backend(name: str) -> ModuleType:
     return _BACKENDS[name]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def resolve_backend(name: str, device_type: str, device_index: int | None, is_double: bool) -> str:
     """The backend that serves tensors on a device: ``name`` itself, or the choice that "auto" makes.
 
@@ -36,7 +36,7 @@ def resolve_backend(name: str, device_type: str, device_index: int | None, is_do
         ValueError: no such backend.
         RuntimeError: an explicitly named backend cannot serve these tensors; it is never replaced silently.
     """
-    device = torch.device(device_type, device_index)
+    device = torch.device(device_type) if device_index is None else torch.device(device_type, device_index)
     if name not in BACKEND_NAMES:
         raise ValueError(f"backend is {name!r}; must be one of {', '.join(map(repr, BACKEND_NAMES))}")
     if name == "auto":

@@ -65,7 +65,9 @@ def backward(
         grad_hidden = _to_tokens(dh, tokens).to(grad_out.dtype).view(grad_out.shape)
 
     dmu = alpha * g + k * (mu - m) * torch.exp(-v)
-    ds = alpha * g * eps * torch.exp(s / 2) / 2 + k * (torch.exp(s) * torch.exp(-v) - 1) / 2  # straight through the bound
+    ds = (
+        alpha * g * eps * torch.exp(s / 2) / 2 + k * (torch.exp(s) * torch.exp(-v) - 1) / 2
+    )  # straight through the bound
     grad_posterior = torch.cat((dmu, ds), -1).to(problem.posterior.dtype).view(problem.posterior.shape)
 
     grad_prior = None

@@ -45,7 +45,11 @@ def forward(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
     kl = torch.empty(hidden.shape[:-1], dtype=torch.float32, device=hidden.device)
     if problem.tokens == 0:
         return out, kl
-    hidden_rows, posterior_rows, prior = row_layout(hidden), row_layout(problem.posterior), prior_rows(problem.prior)
+    hidden_rows, posterior_rows, prior = (
+        row_layout(hidden),
+        row_layout(problem.posterior),
+        prior_rows(problem.prior),
+    )
     _native.forward(
         target(hidden.device),
         *_shared(problem, hidden.dtype, posterior_rows, prior),
@@ -70,7 +74,11 @@ def backward(
         partials = torch.empty((blocks, columns), dtype=torch.float32, device=device)
         grad_prior = torch.empty((problem.groups, columns), dtype=torch.float32, device=device)
     if problem.tokens > 0 or grad_prior is not None:
-        grad_rows, posterior_rows, prior = row_layout(grad_out), row_layout(posterior), prior_rows(problem.prior)
+        grad_rows, posterior_rows, prior = (
+            row_layout(grad_out),
+            row_layout(posterior),
+            prior_rows(problem.prior),
+        )
         grad_kl = grad_kl.to(torch.float32).contiguous()
         _native.backward(
             target(device),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vittle_kernels.backends.problem import Problem, RowLayout, prior_rows, row_layout
+from vittle_kernels.backends.problem import Problem, prior_rows, row_layout
 
 try:
     import triton

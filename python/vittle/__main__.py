@@ -1,0 +1,7 @@
+"""``python -m vittle``."""
+
+import sys
+
+from vittle.cli import main
+
+sys.exit(main())

@@ -1,0 +1,120 @@
+"""The command ``vittle``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vittle.errors import UserError
+from vittle.methods.bottleneck import ALPHA_SCHEDULES, BottleneckConfig
+
+_EXTRAS = {"vittle.train": "train", "vittle.demo": "train"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; what the user can mend is told in one line, with exit status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"vittle: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _application(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS[module]
+        raise UserError(f"{error.name} is not installed: pip install 'vittle-kernels[{extra}]'") from error
+
+
+def _train(options: argparse.Namespace) -> None:
+    train = _application("vittle.train")
+    settings = vars(options)
+    bottleneck = None
+    if not options.plain:
+        bottleneck = BottleneckConfig(options.layer, options.prior, options.alpha, options.beta)
+    names = train.TrainConfig.__dataclass_fields__.keys() - {"bottleneck"}
+    result = train.train(train.TrainConfig(bottleneck=bottleneck, **{name: settings[name] for name in names}))
+    print(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {options.output}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    demo = _application("vittle.demo")
+    demo.run(options.output, seed=options.seed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vittle", description="Tune multimodal LLMs to be robust.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+
+    demo = commands.add_parser("demo", help="tune a small LLaVA on digit scenes, plainly and with the bottleneck",
+                               description="Tunes a small LLaVA on scenes of handwritten digits, plainly and with the "
+                               "bottleneck, and compares both on clean and corrupted images.",
+                               formatter_class=formatter)  # fmt: skip
+    demo.add_argument("--output", default="runs/demo", help="folder of the report and the plot")
+    demo.add_argument("--seed", type=int, default=0, help="of the data, the training and the corruptions")
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train", help="tune a vision-language model on LLaVA's data",
+                                description="Tunes a Hugging Face vision-language model on a file in LLaVA's JSON "
+                                "format: CE + beta (KL_vision + KL_text). The defaults are the paper's.",
+                                formatter_class=formatter)  # fmt: skip
+    train.set_defaults(run=_train)
+    add = train.add_argument
+    add("--model", required=True, metavar="DIR|ID", help="folder or Hub id of the model")
+    add("--data", required=True, metavar="FILE", help="conversations in LLaVA's JSON format")
+    add("--images", required=True, metavar="DIR", help="folder that the records' image paths start from")
+    add("--output", required=True, metavar="DIR", help="folder of the run; must be empty unless --resume")
+    add("--plain", action="store_true", help="no bottleneck")
+    add(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="the bottleneck follows N decoder layers (default: three quarters)",
+    )
+    add("--prior", choices=("fixed", "learnable"), default="fixed", help="Vittle (F) or Vittle (L)")
+    add("--alpha", type=float, default=0.5, help="interpolation weight at the end of training")
+    add("--alpha-schedule", choices=tuple(ALPHA_SCHEDULES), default="sigmoid", help="how alpha gets there")
+    add("--beta", type=float, default=0.1, help="weight of the KL")
+    add("--epochs", type=float, default=1.0, help="passes over the data")
+    add(
+        "--max-steps",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="optimizer steps, instead of epochs if positive",
+    )
+    add("--batch-size", type=int, default=16, metavar="N", help="samples a device and step")
+    add(
+        "--gradient-accumulation",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps summed before the optimizer's",
+    )
+    add("--learning-rate", type=float, default=2e-5, metavar="LR", help="peak of the cosine schedule")
+    add("--weight-decay", type=float, default=0.0, metavar="W", help="AdamW's")
+    add("--warmup-ratio", type=float, default=0.03, metavar="R", help="share of the steps that warm up")
+    add("--max-length", type=int, default=2048, metavar="N", help="tokens of a sample, image tokens included")
+    add("--tune-vision", action="store_true", help="tune the vision tower too")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
+    add("--workers", type=int, default=2, metavar="N", help="processes that decode images")
+    add("--save-steps", type=int, default=500, metavar="N", help="steps between checkpoints; 0: none")
+    add("--log-steps", type=int, default=10, metavar="N", help="steps between log lines")
+    add("--report-to", default="none", help="tensorboard, wandb or trackio, through transformers")
+    add("--seed", type=int, default=42, help="of data order, noise and new weights")
+    add("--resume", action="store_true", help="continue the run that --output holds")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""The data path: LLaVA's JSON, a chat template's spans, and the batches that a model trains on."""
+
+from vittle.data.collate import Collator
+from vittle.data.llava import LlavaDataset, Record, parse_record
+from vittle.data.template import ChatTemplate
+
+__all__ = ["ChatTemplate", "Collator", "LlavaDataset", "Record", "parse_record"]

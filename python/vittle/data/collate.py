@@ -1,0 +1,125 @@
+"""From conversations to the padded batch of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from vittle.data.llava import Item
+from vittle.data.template import ChatTemplate, Kind, Rendering
+from vittle.errors import UserError
+
+IGNORED = -100
+
+
+class Collator:
+    """Collates the items of a `LlavaDataset` for a processor's model; it can be pickled.
+
+    Raises:
+        UserError: the processor has no chat template, no fast tokenizer or no padding token.
+    """
+
+    def __init__(self, processor: ProcessorMixin, max_length: int = 2048) -> None:
+        tokenizer = processor.tokenizer
+        if not tokenizer.is_fast:
+            raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; it must be a fast one")
+        if tokenizer.pad_token is None:
+            raise UserError(f"{type(tokenizer).__name__} has no padding token; set its `pad_token`")
+        self.processor: Any = processor
+        self.max_length = max_length
+        self.template = ChatTemplate(processor)
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """Collate B conversations, padded on the right to L tokens, at most `max_length`.
+
+        A token that straddles a border goes with its first character that is not white space.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, int64 (B, L): labels are the ids in responses and -100
+            elsewhere. `instruction_mask`, bool (B, L). What else the processor returns, such as
+            `pixel_values`, float32 (images, 3, height, width) for LLaVA, which a batch without images lacks.
+
+        Raises:
+            UserError: a chat cannot be rendered, or `max_length` would cut image tokens or leave no label.
+                The message names the record's id.
+        """
+        renderings = [self._render(item) for item in items]
+        batch = self._process([r.text for r in renderings], [item["images"] for item in items])
+        offsets = batch.pop("offset_mapping").tolist()
+        replacements = batch.pop("text_replacement_offsets")
+        kinds = [_token_kinds(*row) for row in zip(renderings, replacements, offsets, strict=True)]
+        for item, row in zip(items, kinds, strict=True):
+            self._check_length(item, row)
+
+        ids, kind = batch["input_ids"], torch.tensor(kinds)
+        batch["labels"] = ids.where(kind == Kind.RESPONSE, IGNORED)
+        batch["instruction_mask"] = kind == Kind.INSTRUCTION
+        return {k: v[:, : self.max_length] if v.shape[:2] == ids.shape else v for k, v in batch.items()}
+
+    def _render(self, item: Item) -> Rendering:
+        try:
+            rendering = self.template.render(item["messages"])
+        except UserError as error:
+            raise UserError(f"record {item['id']!r}: {error}") from error
+        token = self.processor.image_token
+        found, expected = rendering.text.count(token), len(item["images"])
+        if found != expected:
+            raise UserError(
+                f"record {item['id']!r}: its rendered chat has {found} {token} placeholder(s) "
+                f"and {expected} image(s); there must be one placeholder per image"
+            )
+        return rendering
+
+    def _process(self, texts: list[str], images: list[list[Any]]) -> dict[str, Any]:
+        bos = self.processor.tokenizer.bos_token
+        batch = self.processor(
+            text=texts,
+            images=images if any(images) else None,
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+        if "text_replacement_offsets" not in batch:
+            raise UserError(f"{type(self.processor).__name__} does not tell where it puts image tokens")
+        return dict(batch)
+
+    def _check_length(self, item: Item, kinds: list[int]) -> None:
+        last_image = max((i for i, kind in enumerate(kinds) if kind == Kind.IMAGE), default=-1)
+        needed = 1 + max(last_image, kinds.index(Kind.RESPONSE))
+        if needed > self.max_length:
+            raise UserError(
+                f"record {item['id']!r}: max_length {self.max_length} cuts image tokens or the whole answer; "
+                f"raise max_length to {needed} or more"
+            )
+
+
+def _token_kinds(
+    rendering: Rendering, replacements: Sequence[Mapping[str, Any]], offsets: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The kind of each token; the offsets are in the text with the images' placeholders replaced."""
+    text = rendering.text
+    kinds = bytearray(len(text))
+    for start, end, kind in rendering.spans:
+        kinds[start:end] = bytes([kind]) * (end - start)
+    for replacement in reversed(replacements):
+        (start, end), expanded = replacement["span"], replacement["replacement"]
+        text = text[:start] + expanded + text[end:]
+        kinds[start:end] = bytes([Kind.IMAGE]) * len(expanded)
+    return [kinds[_owner(text, start, end)] if end else Kind.TEMPLATE for start, end in offsets]
+
+
+def _owner(text: str, start: int, end: int) -> int:
+    """The character that decides a token's kind.
+
+    A byte-level tokenizer may trim white space off its offsets: a token of nothing else is empty, after it.
+    """
+    if start == end:
+        return start - 1
+    return next((i for i in range(start, end) if not text[i].isspace()), start)

@@ -1,0 +1,179 @@
+"""``vittle demo``: the whole slice on real handwritten digits, plainly tuned against tuned with the bottleneck."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vittle.data import Collator, LlavaDataset
+from vittle.demo.report import draw, table
+from vittle.demo.scenes import write_dataset
+from vittle.evaluate import answer, batched_progress, exact_matches
+from vittle.methods.bottleneck import BottleneckConfig
+from vittle.shifts import image_shift
+from vittle.train import TrainConfig, TrainResult, train
+
+ALIGNED = Path(__file__).parent / "aligned"
+"""The small LLaVA that the demo starts from; ``make demo-checkpoint`` makes it."""
+
+TRAINING_QUESTIONS, HELD_OUT_QUESTIONS = 4800, 300
+KINDS = ("gaussian_noise", "gaussian_blur", "contrast", "pixelate")
+SEVERITIES = (1, 3, 5)
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 32,
+    "max_steps": 150,
+    "learning_rate": 1e-3,
+    "max_length": 256,
+    "workers": 0,
+    "save_steps": 0,
+    "log_steps": 10,
+}
+METHODS: dict[str, BottleneckConfig | None] = {"plain": None, "bottleneck": BottleneckConfig()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method came to."""
+
+    accuracy: dict[str, Any]
+    kl: dict[str, float] | None
+    steps_per_second: float
+    bytes_for_backward: int
+
+
+def run(output: str | Path, *, seed: int = 0) -> dict[str, Any]:
+    """Makes the data, tunes and evaluates both models, prints the table, writes ``report.json`` and ``report.png``.
+
+    A run that the folder holds is replaced. Returns the report.
+    """
+    start, output = time.perf_counter(), Path(output)
+    with _fresh_folder(output) as folder:
+        training = write_dataset(folder / "training", split="train", count=TRAINING_QUESTIONS, seed=seed)
+        held_out = write_dataset(folder / "held_out", split="held_out", count=HELD_OUT_QUESTIONS, seed=seed + 1)
+        outcomes = {}
+        for method, bottleneck in METHODS.items():
+            print(f"\n{method}: {SETTINGS['max_steps']} steps of {SETTINGS['batch_size']}", flush=True)
+            config = TrainConfig(
+                model=str(ALIGNED), data=str(training), images=str(training.parent / "images"),
+                output=str(folder / method), bottleneck=bottleneck, seed=seed, **SETTINGS,
+            )  # fmt: skip
+            outcomes[method] = _measure(train(config), held_out, training, seed)
+        report = {
+            "accuracy": {method: outcome.accuracy for method, outcome in outcomes.items()}
+            | {"guessing": _guessing(training, held_out)},
+            "kl": {method: outcome.kl for method, outcome in outcomes.items()},
+            "steps_per_second": {method: outcome.steps_per_second for method, outcome in outcomes.items()},
+            "bytes_for_backward": {method: outcome.bytes_for_backward for method, outcome in outcomes.items()},
+            "settings": SETTINGS | {"questions": HELD_OUT_QUESTIONS, "severities": SEVERITIES},
+            "seconds": round(time.perf_counter() - start, 1),
+            "seed": seed,
+        }
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        draw(report, folder / "report.png")
+    print("\n" + table(report) + f"\n\nThe report, the plot and both models are in {output}.")
+    return report
+
+
+def _measure(result: TrainResult, held_out: Path, training: Path, seed: int) -> Outcome:
+    items = list(_items(held_out))
+    references = [record["conversations"][-1]["value"] for record in _records(held_out)]
+    kinds = [record["kind"] for record in _records(held_out)]
+    conditions = [(kind, severity) for kind in KINDS for severity in SEVERITIES]
+    with batched_progress(len(items) * (1 + len(conditions)), "evaluating") as progress:
+
+        def matches(change: Any = None) -> list[bool]:
+            answers = answer(
+                result.model, result.processor, items,
+                batch_size=100, max_new_tokens=6, change=change, progress=progress,
+            )  # fmt: skip
+            return list(exact_matches(answers, references))
+
+        clean = matches()
+        shifted: dict[str, dict[str, float]] = defaultdict(dict)
+        for kind, severity in conditions:
+
+            def change(image: Image.Image, index: int, kind: str = kind, severity: int = severity) -> Image.Image:
+                return image_shift(image, kind, severity, seed=seed * 1_000_003 + index)
+
+            shifted[kind][str(severity)] = _mean(matches(change))
+
+    by_question = {
+        kind: _mean([ok for ok, of in zip(clean, kinds, strict=True) if of == kind]) for kind in sorted(set(kinds))
+    }
+    accuracy = {
+        "clean": _mean(clean),
+        "shifted": round(sum(sum(each.values()) for each in shifted.values()) / len(conditions), 4),
+        "by_question": by_question,
+        "by_shift": dict(shifted),
+    }
+    last = next(log for log in reversed(result.history) if "loss" in log)
+    kl = {"vision": last["kl_vision"], "text": last["kl_text"]} if "kl_vision" in last else None
+    steps_per_second = round(result.steps / result.seconds, 2)
+    return Outcome(accuracy, kl, steps_per_second, _kept_for_backward(result, training))
+
+
+def _kept_for_backward(result: TrainResult, training: Path) -> int:
+    """Bytes of all tensors that one training step's forward pass keeps, parameters aside."""
+    model, items = result.model, _items(training)
+    batch = Collator(result.processor)([next(items) for _ in range(SETTINGS["batch_size"])])
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**(batch if hasattr(model, "bottleneck") else _without_mask(batch))).loss
+    model.eval()
+    del loss
+    return sum(size for address, size in kept.items() if address not in parameters)
+
+
+def _without_mask(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "instruction_mask"}
+
+
+def _guessing(training: Path, held_out: Path) -> float:
+    """Accuracy of always giving the training set's most frequent answer to that kind of question."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in _records(training):
+        answers[record["kind"]][record["conversations"][-1]["value"]] += 1
+    majority = {kind: counter.most_common(1)[0][0] for kind, counter in answers.items()}
+    return _mean([record["conversations"][-1]["value"] == majority[record["kind"]] for record in _records(held_out)])
+
+
+def _records(data: Path) -> list[dict[str, Any]]:
+    return json.loads(data.read_text(encoding="utf-8"))
+
+
+def _items(data: Path) -> Iterator[Any]:
+    dataset = LlavaDataset(data, data.parent / "images")
+    return (dataset[index] for index in range(len(dataset)))
+
+
+def _mean(values: list[bool]) -> float:
+    return round(sum(values) / len(values), 4)
+
+
+@contextmanager
+def _fresh_folder(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` that takes its place once all is written: a run that fails leaves the old one."""
+    folder = output.with_name(f".{output.name}.new")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    shutil.rmtree(output, ignore_errors=True)
+    folder.replace(output)

@@ -1,0 +1,15 @@
+"""The one exception that is meant for people rather than for a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message, one line, says what it is and what it must be.
+
+    A DataLoader worker's error reaches the main process as a whole traceback that ends in the message; only
+    the message is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        label = f"{type(self).__module__}.{type(self).__qualname__}: "
+        super().__init__(" ".join(message.rpartition(label)[2].strip().splitlines()))

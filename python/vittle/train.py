@@ -1,0 +1,216 @@
+"""``vittle train``: transformers' own Trainer on LLaVA's data, plainly or with the bottleneck."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from vittle.data import Collator, LlavaDataset
+from vittle.errors import UserError
+from vittle.methods.bottleneck import (
+    ALPHA_SCHEDULES,
+    AlphaSchedule,
+    BottleneckConfig,
+    attach_bottleneck,
+    attachment_of,
+    save_bottleneck,
+)
+
+RUN_FILE = "vittle_run.json"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The defaults are the paper's settings for LLaVA-1.5-7B's second stage."""
+
+    model: str
+    data: str
+    images: str
+    output: str
+    bottleneck: BottleneckConfig | None = field(default_factory=BottleneckConfig)
+    alpha_schedule: str = "sigmoid"
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    max_length: int = 2048
+    tune_vision: bool = False
+    gradient_checkpointing: bool = False
+    workers: int = 2
+    save_steps: int = 500
+    log_steps: int = 10
+    report_to: str = "none"
+    seed: int = 42
+    resume: bool = False
+
+
+class AlphaCallback(TrainerCallback):
+    """Moves alpha along its schedule; what is trained ends, and is saved, with the schedule's final alpha."""
+
+    def __init__(self, bottleneck: Any, schedule: AlphaSchedule, alpha: float) -> None:
+        self.bottleneck, self.schedule, self.alpha = bottleneck, schedule, alpha
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Alpha for the step to come."""
+        self.bottleneck.set_alpha(self.schedule(self.alpha, state.global_step / state.max_steps))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Alpha for inference."""
+        self.bottleneck.set_alpha(self.alpha)
+
+
+class BottleneckTrainer(Trainer):
+    """transformers' Trainer, whose log also shows alpha, CE and the KL of each modality."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the last step's values of the bottleneck to a training log."""
+        model = self.accelerator.unwrap_model(self.model)
+        if "loss" in logs and hasattr(model, "bottleneck"):
+            attachment = attachment_of(model)
+            logs |= {name: round(float(value), 4) for name, value in attachment.metrics.items()}
+            logs["alpha"] = round(float(attachment.module.alpha), 4)
+        super().log(logs, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: the model in eval mode, its processor, the log and the wall time."""
+
+    model: Any
+    processor: Any
+    history: list[dict[str, float]]
+    steps: int
+    seconds: float
+
+
+def load_model(path: str) -> tuple[Any, Any]:
+    """A vision-language model in fp32 and its processor, from a folder or a Hub id, safetensors only.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        return model, AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model is {path!r}; must be a folder or Hub id of a vision-language model: {reason}"
+        ) from error
+
+
+def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
+    """Tunes a model and writes it to ``config.output``, with ``bottleneck.safetensors`` where it has a bottleneck.
+
+    Raises:
+        UserError: a setting, the data or the output folder cannot be used.
+    """
+    if config.alpha_schedule not in ALPHA_SCHEDULES:
+        choices = ", ".join(map(repr, ALPHA_SCHEDULES))
+        raise UserError(f"alpha_schedule is {config.alpha_schedule!r}; must be one of {choices}")
+    output = Path(config.output)
+    checkpoint = _prepare_output(output, config)
+    set_seed(config.seed)
+    dataset = LlavaDataset(config.data, config.images)
+    model, processor = load_model(config.model)
+    if not config.tune_vision:
+        freeze_vision(model)
+    callbacks = list(callbacks or [])
+    if config.bottleneck is not None:
+        bottleneck = attach_bottleneck(model, config.bottleneck)
+        schedule = ALPHA_SCHEDULES[config.alpha_schedule]
+        callbacks.append(AlphaCallback(bottleneck, schedule, config.bottleneck.alpha))
+
+    trainer = BottleneckTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=dataset,
+        data_collator=Collator(processor, config.max_length),
+        callbacks=callbacks,
+    )
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    model.eval()
+    save_run(model, processor, output)
+    return TrainResult(
+        model, processor, trainer.state.log_history, outcome.global_step, outcome.metrics["train_runtime"]
+    )
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The run as transformers' Trainer takes it."""
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=config.output,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_ratio,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        dataloader_num_workers=config.workers,
+        dataloader_persistent_workers=config.workers > 0,
+        remove_unused_columns=False,
+        logging_steps=config.log_steps,
+        save_strategy="steps" if config.save_steps > 0 else "no",
+        save_steps=max(config.save_steps, 1),
+        report_to=config.report_to,
+        seed=config.seed,
+    )
+
+
+def freeze_vision(model: nn.Module) -> None:
+    """The vision tower keeps its weights, as in the papers; projector and language model are tuned."""
+    for name, parameter in model.named_parameters():
+        if any(part in ("vision_tower", "vision_model", "visual") for part in name.split(".")):
+            parameter.requires_grad_(False)
+
+
+def save_run(model: Any, processor: Any, output: Path) -> None:
+    """Writes the model as transformers reads it, its processor, and the bottleneck beside them."""
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("bottleneck.")}
+    model.save_pretrained(output, state_dict=state)
+    processor.save_pretrained(output)
+    if hasattr(model, "bottleneck"):
+        save_bottleneck(model, output)
+
+
+def _prepare_output(output: Path, config: TrainConfig) -> str | None:
+    """Makes the folder and says where to resume from; a folder that already holds a run is refused."""
+    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output is {output}, a file; must be a folder")
+    if output.is_dir() and any(output.iterdir()) and not config.resume:
+        raise UserError(f"output {output} is not empty; name another folder, or resume the run it holds with --resume")
+    if config.resume and checkpoint is None:
+        raise UserError(f"output {output} holds no checkpoint to resume from")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RUN_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    return checkpoint
