@@ -251,8 +251,8 @@ def load_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, backend
 def _decoder(model: nn.Module) -> tuple[nn.ModuleList, int]:
     """The stack of decoder layers of the model's language model, and its hidden size."""
     get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder = None if get_decoder is None else get_decoder()
-    layers = getattr(decoder, "layers", None)
+    decoder: Any = None if get_decoder is None else get_decoder()
+    layers: Any = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UserError(f"{type(model).__name__} has no stack of decoder layers; get_decoder().layers must be one")
     return layers, decoder.config.hidden_size
