@@ -16,6 +16,7 @@ setup: $(VENV)/installed  ## a virtual environment with the package built in it
 
 # torch first and by itself: with it there, no other requirement can choose another build.
 $(VENV)/installed: $(SOURCES)
+	@echo "Setting up $(VENV): a few minutes the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,eval,test]'

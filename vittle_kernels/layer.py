@@ -119,7 +119,7 @@ class FusedIB(nn.Module):
         rows = None
         if vision_mask is None:
             vision_mask = torch.zeros(shape, dtype=torch.bool, device=hidden_states.device)
-            offsets = torch.tensor([0, tokens], dtype=torch.int32, device=hidden_states.device)
+            offsets = tokens * torch.arange(2, dtype=torch.int32, device=hidden_states.device)
             inverse = None
         else:
             rows, inverse, offsets = modality_order(vision_mask)

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vittle_kernels.backends import triton as kernels
 
-INTEGERS = {"rows": "*i64", "offsets": "*i32", "seed": "*i64"} 
+INTEGERS = {"rows": "*i64", "offsets": "*i32", "seed": "*i64"}
 INTEGERS |= dict.fromkeys(("groups", "tokens", "width", "columns"), "i32")
 STATE = {"hidden", "posterior", "out", "grad_out", "grad_hidden", "grad_posterior"}
 
