@@ -33,6 +33,7 @@ from vittle.methods.bottleneck import (
 )
 
 RUN_FILE = "vittle_run.json"
+"""The run's settings, in its output folder."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         choices = ", ".join(map(repr, ALPHA_SCHEDULES))
         raise UserError(f"alpha_schedule is {config.alpha_schedule!r}; must be one of {choices}")
     output = Path(config.output)
-    checkpoint = _prepare_output(output, config)
+    checkpoint = _checkpoint_of(output, config.resume)
     set_seed(config.seed)
     dataset = LlavaDataset(config.data, config.images)
     model, processor = load_model(config.model)
@@ -151,6 +152,8 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         data_collator=Collator(processor, config.max_length),
         callbacks=callbacks,
     )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RUN_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     save_run(model, processor, output)
@@ -202,15 +205,14 @@ def save_run(model: Any, processor: Any, output: Path) -> None:
         save_bottleneck(model, output)
 
 
-def _prepare_output(output: Path, config: TrainConfig) -> str | None:
-    """Makes the folder and says where to resume from; a folder that already holds a run is refused."""
-    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
+def _checkpoint_of(output: Path, resume: bool) -> str | None:
+    """Where to resume from; a folder that already holds a run is refused unless it is to be resumed."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output is {output}, a file; must be a folder")
-    if output.is_dir() and any(output.iterdir()) and not config.resume:
+    holds_a_run = output.is_dir() and any(path.name != RUN_FILE for path in output.iterdir())
+    if holds_a_run and not resume:
         raise UserError(f"output {output} is not empty; name another folder, or resume the run it holds with --resume")
-    if config.resume and checkpoint is None:
+    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
+    if resume and checkpoint is None:
         raise UserError(f"output {output} holds no checkpoint to resume from")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RUN_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
     return checkpoint
