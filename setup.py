@@ -64,7 +64,7 @@ class CMakeBuild(build_ext):
         if architectures := os.environ.get("VITTLE_CUDA_ARCHITECTURES"):
             definitions["VITTLE_CUDA_ARCHITECTURES"] = architectures.replace(",", ";")
         arguments = [f"-D{name}={value}" for name, value in definitions.items()]
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments], check=True)
+        subprocess.run(["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
 

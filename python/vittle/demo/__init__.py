@@ -18,6 +18,7 @@ from PIL import Image
 from vittle.data import Collator, LlavaDataset
 from vittle.demo.report import draw, table
 from vittle.demo.scenes import write_dataset
+from vittle.errors import UserError
 from vittle.evaluate import answer, batched_progress, exact_matches
 from vittle.methods.bottleneck import BottleneckConfig
 from vittle.shifts import image_shift
@@ -26,18 +27,18 @@ from vittle.train import TrainConfig, TrainResult, train
 ALIGNED = Path(__file__).parent / "aligned"
 """The small LLaVA that the demo starts from; ``make demo-checkpoint`` makes it."""
 
-TRAINING_QUESTIONS, HELD_OUT_QUESTIONS = 4800, 300
+TRAINING_QUESTIONS, HELD_OUT_QUESTIONS = 9600, 400
 KINDS = ("gaussian_noise", "gaussian_blur", "contrast", "pixelate")
 SEVERITIES = (1, 3, 5)
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 32,
-    "max_steps": 150,
+    "max_steps": 300,
     "learning_rate": 1e-3,
-    "max_length": 256,
+    "max_length": 128,
     "workers": 0,
     "save_steps": 0,
-    "log_steps": 10,
+    "log_steps": 100,
 }
 METHODS: dict[str, BottleneckConfig | None] = {"plain": None, "bottleneck": BottleneckConfig()}
 
@@ -58,6 +59,8 @@ def run(output: str | Path, *, seed: int = 0) -> dict[str, Any]:
     A run that the folder holds is replaced. Returns the report.
     """
     start, output = time.perf_counter(), Path(output)
+    if not (ALIGNED / "model.safetensors").exists():
+        raise UserError(f"{ALIGNED} holds no model; `make demo-checkpoint` makes it")
     with _fresh_folder(output) as folder:
         training = write_dataset(folder / "training", split="train", count=TRAINING_QUESTIONS, seed=seed)
         held_out = write_dataset(folder / "held_out", split="held_out", count=HELD_OUT_QUESTIONS, seed=seed + 1)

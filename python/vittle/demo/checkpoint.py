@@ -1,0 +1,254 @@
+"""Make the small aligned LLaVA that the demo tunes, from nothing but the training scans.
+
+    python -m vittle.demo.checkpoint
+
+Two stages, each on freshly drawn training scenes. The vision tower first learns to tell what each cell holds;
+the whole model then learns to write the captions of scenes, with their sentences in any order and wording. It
+sees no question and no held-out scan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from vittle.demo.scenes import CANVAS, CAPTION_PROMPT, Scene, Split, caption, render, sample_scene
+
+ALIGNED = Path(__file__).parent / "aligned"
+PATCH = 16
+IMAGE_TOKENS = (CANVAS // PATCH) ** 2
+NOTHING = 10  # the class of an empty cell, after the ten digits
+READING_STEPS, CAPTION_STEPS, BATCH = 1500, 1000, 64
+
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+NUMBERS = tuple(str(n) for n in range(37))  # to the sum of four nines
+WORDS = tuple(
+    "USER ASSISTANT : . ? Describe the scene The top bottom left right shows nothing is not here "
+    "Which digit at Is there a How many digits are What sum of yes no".split()
+)
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message['role'] | upper }}:{{ ' ' }}
+{%- for part in message['content'] -%}
+{{ '<image>\n' if part['type'] == 'image' else part['text'] }}
+{%- endfor -%}
+{{ '</s>' if message['role'] == 'assistant' else ' ' }}
+{%- endfor -%}
+{{ 'ASSISTANT:' if add_generation_prompt }}"""
+
+
+def make_processor() -> LlavaProcessor:
+    """Words and whole numbers as tokens, LLaVA-1.5's chat format, and pixels in [-1, 1] at 64x64."""
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *NUMBERS, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        clean_up_tokenization_spaces=True,
+    )
+    images = CLIPImageProcessorPil(
+        size={"height": CANVAS, "width": CANVAS},
+        do_center_crop=False,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """An untrained LLaVA of 2.3 million parameters: CLIP's tower of 4 layers, a Llama of 8, both 128 wide."""
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=CANVAS,
+        patch_size=PATCH,
+        projection_dim=128,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+class CellReader(nn.Module):
+    """The vision tower under a linear head that names what each cell holds; the first stage alone uses it."""
+
+    def __init__(self, tower: CLIPVisionModel) -> None:
+        super().__init__()
+        self.tower = tower
+        self.head = nn.Linear(tower.config.hidden_size, NOTHING + 1)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Images float32 (B, 3, 64, 64) to logits (B, 4, 11)."""
+        patches: Tensor = self.tower(pixel_values).last_hidden_state[:, 1:]
+        half = CANVAS // PATCH // 2
+        cells = patches.unflatten(1, (2, half, 2, half)).mean(dim=(2, 4)).flatten(1, 2)
+        return self.head(cells)
+
+
+class SceneBatches:
+    """Endless batches of scenes of one split, as tensors for either stage."""
+
+    def __init__(self, processor: LlavaProcessor, split: Split, seed: int, size: int = BATCH) -> None:
+        self.processor, self.split, self.size = processor, split, size
+        self.rng = np.random.default_rng(seed)
+
+    def cells(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images float32 (B, 3, 64, 64) and what their cells hold, int64 (B, 4): the digit or `NOTHING`."""
+        while True:
+            scenes = self._scenes()
+            classes = torch.full((self.size, 4), NOTHING)
+            for row, scene in enumerate(scenes):
+                for placed in scene.placed:
+                    classes[row, placed.cell] = placed.digit
+            yield self._pixels(scenes), classes
+
+    def captions(self, *, varied: bool = True) -> Iterator[dict[str, Tensor]]:
+        """Model inputs with labels on the caption alone; all captions are of one length."""
+        tokenizer = self.processor.tokenizer
+        prompt = f"USER: {'<image>' * IMAGE_TOKENS}\n{CAPTION_PROMPT} ASSISTANT:"
+        prompt_length = len(tokenizer(prompt).input_ids)
+        while True:
+            scenes = self._scenes()
+            texts = [f"{prompt} {caption(scene, self.rng if varied else None)}</s>" for scene in scenes]
+            batch = dict(tokenizer(texts, return_tensors="pt", return_token_type_ids=False))
+            labels = batch["input_ids"].clone()
+            labels[:, :prompt_length] = -100
+            yield batch | {"labels": labels, "pixel_values": self._pixels(scenes)}
+
+    def _scenes(self) -> list[Scene]:
+        return [sample_scene(self.rng, self.split) for _ in range(self.size)]
+
+    def _pixels(self, scenes: list[Scene]) -> Tensor:
+        pages = [render(scene) for scene in scenes]
+        pixels: Tensor = self.processor.image_processor(pages, return_tensors="pt")["pixel_values"]
+        return pixels
+
+
+def train(model: nn.Module, losses: Iterator[Tensor], steps: int, name: str) -> None:
+    """AdamW over `steps` losses, its rate to 1e-3 in the first tenth and by a cosine to nothing."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+    with tqdm(islice(losses, steps), name, total=steps) as progress:
+        for loss in progress:
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    model.eval()
+
+
+@torch.no_grad()
+def digit_accuracy(reader: CellReader, processor: LlavaProcessor) -> float:
+    """Share of the digits of 1,000 held-out scenes that the tower and its head name."""
+    pixels, classes = next(SceneBatches(processor, "held_out", seed=1, size=1000).cells())
+    right = reader(pixels).argmax(dim=-1) == classes
+    return right[classes != NOTHING].float().mean().item()
+
+
+@torch.no_grad()
+def caption_accuracy(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> tuple[float, float]:
+    """Of 500 held-out scenes, the shares of cells and of scenes whose contents the model writes right.
+
+    A caption in reading order is given up to each content, as it is when the model writes it itself.
+    """
+    batch = next(SceneBatches(processor, "held_out", seed=2, size=500).captions(varied=False))
+    contents = processor.tokenizer.convert_tokens_to_ids([*NUMBERS[:10], "nothing"])
+    labels = batch["labels"][:, 1:]
+    slots = torch.isin(labels, torch.tensor(contents))
+    right = (model(**batch).logits[:, :-1].argmax(dim=-1) == labels)[slots].view(-1, 4)
+    return right.float().mean().item(), right.all(dim=1).float().mean().item()
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """Save in Hugging Face's layout, the weights rounded to bf16, to be loaded as float32."""
+    state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+    processor.save_pretrained(folder)
+
+
+def make(folder: Path, seed: int, reading_steps: int = READING_STEPS, caption_steps: int = CAPTION_STEPS) -> None:
+    """Train both stages and save the model and its processor in `folder`."""
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    processor = make_processor()
+    model = make_model(processor)
+    reader = CellReader(model.model.vision_tower)
+    scenes = SceneBatches(processor, "train", seed)
+    losses = (F.cross_entropy(reader(x).flatten(0, 1), y.flatten()) for x, y in scenes.cells())
+    train(reader, losses, reading_steps, "reading digits")
+    digits = digit_accuracy(reader, processor)
+    train(model, (model(**batch).loss for batch in scenes.captions(varied=False)), caption_steps, "writing captions")
+    cells, whole = caption_accuracy(model, processor)
+    save(model, processor, folder)
+    print(
+        f"held-out scans: {digits:.1%} of digits named; captions: {cells:.1%} of cells, {whole:.1%} of scenes right; "
+        f"{(time.perf_counter() - start) / 60:.1f} minutes; saved in {folder}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the demo's small aligned LLaVA.")
+    parser.add_argument("--output", type=Path, default=ALIGNED, help="folder to write (default: in the package)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    make(args.output, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The benchmark's own contract: a full report of sound kernels, no number of a broken one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vittle_kernels import available_backends
+from vittle_kernels.backends import cpu, native
+from vittle_kernels.backends.problem import Problem
+
+pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="the C++ library is not built")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], tuple[int, dict[str, Any]]]:
+    """Runs the benchmark on a tiny problem; gives the exit code and what it saved."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    module = importlib.import_module("bench_fused_ib")
+
+    def run() -> tuple[int, dict[str, Any]]:
+        code = module.main(["--smoke", "--device", "cpu", "--output", str(tmp_path)])
+        return code, json.loads((tmp_path / "results.json").read_text())
+
+    return run
+
+
+def test_report(bench: Callable[[], Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, saved = bench()
+    assert code == 0
+    assert {"cpu", "cores", "threads", "instruction_set", "torch", "commit"} <= saved["machine"].keys()
+    problems = {(row["dtype"], row["prior"]) for row in saved["results"]}
+    assert len(problems) == 4
+    assert [row["contender"] for row in saved["results"]] == ["eager", "fused_ib cpu", "copy"] * len(problems)
+    for eager, ours, copy in zip(*(saved["results"][i::3] for i in range(3)), strict=True):
+        for step in ("forward", "forward_backward"):
+            assert eager[step]["speedup"] == 1 and copy[step]["speedup"] is None
+            assert ours[step]["speedup"] == pytest.approx(eager[step]["median_ms"] / ours[step]["median_ms"])
+            assert ours[step]["p20_ms"] <= ours[step]["median_ms"] <= ours[step]["p80_ms"]
+        posterior = saved["rows"] * 2 * saved["width"] * getattr(torch, ours["dtype"]).itemsize
+        assert posterior <= ours["kept_bytes"] < 1.1 * posterior < eager["kept_bytes"]
+
+    table = capsys.readouterr().out
+    assert max(map(len, table.splitlines())) <= 80
+    assert table.count("fused_ib cpu") == len(problems) and "FAILED" not in table
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def wrong_forward(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    out, kl = native.forward(problem, hidden)
+    return out, 1.001 * kl
+
+
+def wrong_backward(problem: Problem, *gradients: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    grad_hidden, grad_posterior, grad_prior = native.backward(problem, *gradients)
+    return grad_hidden, grad_posterior.roll(1), grad_prior
+
+
+def no_noise(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    out, kl = native.forward(problem, hidden)
+    return out * 0, kl
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"), [("forward", wrong_forward), ("backward", wrong_backward), ("forward", no_noise)]
+)
+def test_a_broken_kernel_has_no_speed(
+    bench: Callable[[], Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    broken: Callable[..., Any],
+) -> None:
+    monkeypatch.setattr(cpu, name, broken)
+    code, saved = bench()
+    assert code == 1
+    ours = [row for row in saved["results"] if row["contender"] == "fused_ib cpu"]
+    assert all(row["failure"] and row["forward"] is row["forward_backward"] is None for row in ours)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fused_ib cpu")]
+    assert len(lines) == 4 and all("FAILED: " in line and "x  " not in line for line in lines)
