@@ -154,7 +154,10 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / RUN_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        _end_progress(trainer)
     model.eval()
     save_run(model, processor, output)
     return TrainResult(
@@ -203,6 +206,13 @@ def save_run(model: Any, processor: Any, output: Path) -> None:
     processor.save_pretrained(output)
     if hasattr(model, "bottleneck"):
         save_bottleneck(model, output)
+
+
+def _end_progress(trainer: Trainer) -> None:
+    """A message after a run that fails starts on a line of its own, not behind the progress bar."""
+    for callback in trainer.callback_handler.callbacks:
+        if (bar := getattr(callback, "training_bar", None)) is not None:
+            bar.close()
 
 
 def _checkpoint_of(output: Path, resume: bool) -> str | None:
