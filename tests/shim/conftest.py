@@ -123,7 +123,7 @@ def driver(tmp_path: Path) -> Callable[..., Path]:
     """Builds driver.cpp with a sanitizer and planted mistakes."""
 
     def build(sanitizer: str = "", *edits: Edit) -> Path:
-        flags = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all") if sanitizer else ()
+        flags = ("-O0", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all") if sanitizer else ()
         return Tree(tmp_path / "tree", edits).link("driver", (*KERNELS, "driver.cpp"), flags)
 
     return build

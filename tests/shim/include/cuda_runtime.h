@@ -116,7 +116,10 @@ void launch(dim3 grid, unsigned threads, size_t, cudaStream_t, const Kernel& ker
 
 using std::min;
 
-inline uint4 __ldg(const uint4* address) { return *address; }
+inline uint4 __ldg(const uint4* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(uint4) != 0) shim::fail("misaligned address");
+  return *address;
+}
 
 inline void __syncthreads() { shim::block->all.arrive_and_wait(); }
 

@@ -5,6 +5,15 @@
 #include <cstdio>
 #include <cstdlib>
 
+namespace shim {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
+
+}  // namespace shim
+
 namespace shim::ptx {
 
 inline float flushed(double x) { return std::fpclassify(static_cast<float>(x)) == FP_SUBNORMAL ? 0.0f : x; }
@@ -17,9 +26,8 @@ inline float sqrt_approx_ftz_f32(float x) { return flushed(std::sqrt(static_cast
 
 // A GPU keeps its error bound on [-pi, pi] only.
 inline double angle(float x) {
-  if (std::fabs(x) <= 3.1415928f) return x;
-  std::fprintf(stderr, "sin.approx or cos.approx of %g\n", x);
-  std::abort();
+  if (std::fabs(x) > 3.1415928f) fail("sin.approx or cos.approx outside [-pi, pi]");
+  return x;
 }
 
 inline float sin_approx_ftz_f32(float x) { return flushed(std::sin(angle(x))); }
