@@ -22,15 +22,10 @@ $(VENV)/installed: $(SOURCES)
 	$(BIN)/python -m vittle_kernels
 	touch $@
 
-ALIGNED := python/vittle/demo/aligned/model.safetensors
-
-demo: setup $(ALIGNED)  ## tune a small LLaVA on digit scenes, plainly and with the bottleneck
+demo: setup  ## tune a small LLaVA on digit scenes, plainly and with the bottleneck
 	$(BIN)/vittle demo --output runs/demo
 
 demo-checkpoint: setup  ## make the small LLaVA that the demo starts from
-	$(BIN)/python -m vittle.demo.checkpoint
-
-$(ALIGNED): | setup
 	$(BIN)/python -m vittle.demo.checkpoint
 
 lint: setup  ## ruff and mypy

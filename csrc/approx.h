@@ -63,11 +63,15 @@ VITTLE_FN float power_of_two(int32_t n) { return as_float(static_cast<uint32_t>(
 #endif
 
 // e^x. Host: relative error at most 2 ulp, overflow to infinity and gradual underflow as expf has them.
+// GPU: ex2.approx of the rounded product, corrected for what rounding lost; what would underflow is 0.
 VITTLE_FN float exponential(float x) {
 #if defined(__CUDA_ARCH__)
+  x = clamp(x, -104.0f, 89.0f);
+  const float power = x * 1.44269504f;
+  const float lost = fmaf(x, 1.92596303e-8f, fmaf(x, 1.44269504f, -power));  // of x log2(e), to rounding
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
-  return y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(power));
+  return y * fmaf(lost, 0.693147181f, 1.0f);
 #else
   const SplitExponential e = split_exponential(clamp(x, -104.0f, 89.0f));
   const int32_t half = e.exponent >> 1;  // two factors, because 2^n alone leaves fp32 before e^x does

@@ -9,11 +9,9 @@ import pytest
 from PIL import Image
 
 from vittle.cli import main
-from vittle.demo import ALIGNED
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ALIGNED.exists(), reason="no checkpoint here: make demo-checkpoint")
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     report = json.loads((tmp_path / "demo" / "report.json").read_text())

@@ -16,8 +16,8 @@ from sklearn.datasets import load_digits
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from vittle.data import LlavaDataset
-from vittle.demo import checkpoint
-from vittle.demo.checkpoint import ALIGNED, make_processor
+from vittle.demo import ALIGNED, checkpoint
+from vittle.demo.checkpoint import make_processor
 from vittle.demo.scenes import (
     CANVAS,
     CAPTION_PROMPT,
@@ -219,7 +219,6 @@ def aligned() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return LlavaForConditionalGeneration.from_pretrained(ALIGNED), AutoProcessor.from_pretrained(ALIGNED)
 
 
-@pytest.mark.skipif(not ALIGNED.exists(), reason="no checkpoint here: make demo-checkpoint")
 class TestCheckpoint:
     def test_is_small(self) -> None:
         assert sum(file.stat().st_size for file in ALIGNED.iterdir()) <= 5_000_000

@@ -27,14 +27,14 @@ from vittle.train import TrainConfig, TrainResult, train
 ALIGNED = Path(__file__).parent / "aligned"
 """The small LLaVA that the demo starts from; ``make demo-checkpoint`` makes it."""
 
-TRAINING_QUESTIONS, HELD_OUT_QUESTIONS = 9600, 400
+TRAINING_QUESTIONS, HELD_OUT_QUESTIONS = 16_000, 400
 KINDS = ("gaussian_noise", "gaussian_blur", "contrast", "pixelate")
 SEVERITIES = (1, 3, 5)
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 32,
-    "max_steps": 300,
-    "learning_rate": 1e-3,
+    "max_steps": 500,
+    "learning_rate": 5e-4,
     "max_length": 128,
     "workers": 0,
     "save_steps": 0,

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 METHODS = ("plain", "bottleneck")
-_COLOURS = {"plain": "#8a8f98", "bottleneck": "#c2410c"}
+_LOOKS: dict[str, dict[str, Any]] = {
+    "plain": {"color": "#a8adb8", "linewidth": 3.5, "markersize": 7},  # still seen where the other covers it
+    "bottleneck": {"color": "#c2410c", "linewidth": 1.5, "markersize": 4},
+}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -62,7 +65,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             shifted = accuracy[method]["by_shift"][kind]
             severities = [0, *map(int, shifted)]
             values = [100 * accuracy[method]["clean"], *(100 * value for value in shifted.values())]
-            panel.plot(severities, values, marker="o", markersize=4, color=_COLOURS[method], label=method)
+            panel.plot(severities, values, marker="o", label=method, **_LOOKS[method])
         panel.axhline(100 * accuracy["guessing"], color="black", linewidth=0.8, linestyle=":", label="guessing")
         panel.set_title(kind.replace("_", " "), fontsize=10)
         panel.set_xticks(severities)
