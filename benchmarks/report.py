@@ -143,7 +143,8 @@ def _timing(timing: dict[str, Any], scale: float) -> str:
 
 
 def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+    """Three digits in five columns."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}" if value >= 0.1 else f"{value:.3f}"
 
 
 def _mib(count: int | None) -> str:
