@@ -62,16 +62,24 @@ VITTLE_FN SplitExponential split_exponential(float x) {
 VITTLE_FN float power_of_two(int32_t n) { return as_float(static_cast<uint32_t>(n + 127) << 23); }
 #endif
 
+#if defined(__CUDA_ARCH__)
+VITTLE_FN float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
+
 // e^x. Host: relative error at most 2 ulp, overflow to infinity and gradual underflow as expf has them.
-// GPU: ex2.approx of the rounded product, corrected for what rounding lost; what would underflow is 0.
+// GPU: ex2.approx of the rounded product, to |x| ulp; kCorrected, by what rounding lost, to 2. What would underflow is 0.
+template <bool kCorrected = true>
 VITTLE_FN float exponential(float x) {
 #if defined(__CUDA_ARCH__)
-  x = clamp(x, -104.0f, 89.0f);
+  if constexpr (kCorrected) x = clamp(x, -104.0f, 89.0f);
   const float power = x * 1.44269504f;
+  if constexpr (!kCorrected) return power_of_two(power);
   const float lost = fmaf(x, 1.92596303e-8f, fmaf(x, 1.44269504f, -power));  // of x log2(e), to rounding
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(power));
-  return y * fmaf(lost, 0.693147181f, 1.0f);
+  return power_of_two(power) * fmaf(lost, 0.693147181f, 1.0f);
 #else
   const SplitExponential e = split_exponential(clamp(x, -104.0f, 89.0f));
   const int32_t half = e.exponent >> 1;  // two factors, because 2^n alone leaves fp32 before e^x does
@@ -79,20 +87,23 @@ VITTLE_FN float exponential(float x) {
 #endif
 }
 
-// A Gaussian's standard deviation e^(s/2) and variance e^s. Host: relative errors at most 2 ulp.
+// A Gaussian's standard deviation e^(s/2), variance e^s, and e^s - 1. Host: relative errors at most 2 ulp of the first
+// two. GPU: as exponential.
 struct Spread {
-  float sigma, variance;
+  float sigma, variance, variance_minus_1;
 };
 
+template <bool kCorrected>
 VITTLE_FN Spread spread(float s) {
 #if defined(__CUDA_ARCH__)
-  const float sigma = exponential(0.5f * s);
-  return {sigma, sigma * sigma};
+  const float sigma = kCorrected ? exponential(0.5f * s) : power_of_two(0.721347520f * s);
+  return {sigma, sigma * sigma, fmaf(sigma, sigma, -1.0f)};
 #else
   const SplitExponential e = split_exponential(clamp(0.5f * s, -87.0f, 89.0f));
   const float scale = power_of_two(e.exponent);
   const float squared = e.fraction * e.fraction + 2.0f * e.fraction;  // (1 + fraction)^2 - 1
-  return {(1.0f + e.fraction) * scale, (1.0f + squared) * scale * scale};
+  const float variance = (1.0f + squared) * scale * scale;
+  return {(1.0f + e.fraction) * scale, variance, variance - 1.0f};
 #endif
 }
 
@@ -111,7 +122,7 @@ VITTLE_FN float log2_of_fraction(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return fminf(y, 0.0f);
+  return -fabsf(y);
 #else
   const uint32_t sqrt_half = 0x3f3504f3u;
   const int32_t e = static_cast<int32_t>(as_bits(x) - sqrt_half) >> 23;

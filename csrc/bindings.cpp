@@ -101,7 +101,11 @@ PYBIND11_MODULE(_native, m) {
         f.hidden = rows_of(hidden);
         f.out = pointer<void>(out);
         f.kl = pointer<float>(kl);
-        run(target, [&](const cpu::Kernels& k) { k.forward(f, target.threads); }, VITTLE_ON_CUDA(forward(f, launch)));
+        const auto on_cpu = [&](const cpu::Kernels& k) {
+          cpu::prefer_huge_pages(f.out, tokens * width * size_of(f.hidden_type));
+          k.forward(f, target.threads);
+        };
+        run(target, on_cpu, VITTLE_ON_CUDA(forward(f, launch)));
       });
 
   m.def(
@@ -120,7 +124,12 @@ PYBIND11_MODULE(_native, m) {
         b.grad_posterior = pointer<void>(grad_posterior);
         b.partials = pointer<float>(partials);
         b.grad_prior = pointer<float>(grad_prior);
-        run(target, [&](const cpu::Kernels& k) { k.backward(b, target.threads); }, VITTLE_ON_CUDA(backward(b, launch)));
+        const auto on_cpu = [&](const cpu::Kernels& k) {
+          cpu::prefer_huge_pages(b.grad_hidden, tokens * width * size_of(b.hidden_type));
+          cpu::prefer_huge_pages(b.grad_posterior, 2 * tokens * width * size_of(b.posterior_type));
+          k.backward(b, target.threads);
+        };
+        run(target, on_cpu, VITTLE_ON_CUDA(backward(b, launch)));
       });
 
   m.def("max_row_blocks", [](int64_t tokens, int64_t groups) {

@@ -12,6 +12,8 @@ namespace vittle {
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
+VITTLE_FN int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
 struct BFloat16 {
   uint16_t bits;
 };

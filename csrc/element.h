@@ -17,23 +17,27 @@ struct Interpolation {
 
 VITTLE_FN Interpolation interpolation(float alpha) { return {alpha, 1.0f - alpha}; }
 
+// A posterior in half precision is itself rounded by more than exponential's correction is worth. P: its storage type.
+template <typename P>
+constexpr bool kCorrected = sizeof(P) == sizeof(float);
+
 struct ForwardElement {
-  float out, kl;
+  float out, twice_kl;
 };
 
-template <bool kLearnedPrior>
+template <typename P, bool kLearnedPrior>
 VITTLE_FN ForwardElement forward_element(float h, float mean, float logvar, float eps, Interpolation mix, float bound,
                                          float prior_mean, float prior_logvar) {
   const float s = clamp(logvar, -bound, bound);
-  const auto [sigma, variance] = spread(s);
-  const float z = mean + sigma * eps;
+  const Spread q = spread<kCorrected<P>>(s);
+  const float z = mean + q.sigma * eps;
   const float out = mix.keep * h + mix.alpha * z;
   if constexpr (kLearnedPrior) {
     const float shift = mean - prior_mean;
-    const float precision = exponential(-prior_logvar);
-    return {out, 0.5f * (prior_logvar - s + (variance + shift * shift) * precision - 1.0f)};
+    const float precision = exponential<kCorrected<P>>(-prior_logvar);
+    return {out, prior_logvar - s + (shift * shift + q.variance) * precision - 1.0f};
   } else {
-    return {out, 0.5f * (variance - s + mean * mean - 1.0f)};
+    return {out, mean * mean + (q.variance_minus_1 - s)};
   }
 }
 
@@ -43,21 +47,21 @@ struct BackwardElement {
 };
 
 // g = dL/dout, k = dL/dkl / D. The gradient passes straight through the bound on the log-variance.
-template <bool kLearnedPrior>
+template <typename P, bool kLearnedPrior>
 VITTLE_FN BackwardElement backward_element(float g, float k, float mean, float logvar, float eps, Interpolation mix,
                                            float bound, float prior_mean, float prior_logvar) {
   const float s = clamp(logvar, -bound, bound);
-  const auto [sigma, variance] = spread(s);
+  const Spread q = spread<kCorrected<P>>(s);
   const float dz = mix.alpha * g;
-  const float dsample = 0.5f * dz * eps * sigma;
+  const float dsample = (0.5f * mix.alpha) * g * (eps * q.sigma);
   if constexpr (kLearnedPrior) {
-    const float precision = exponential(-prior_logvar);
+    const float precision = exponential<kCorrected<P>>(-prior_logvar);
     const float shift = (mean - prior_mean) * precision;
-    const float ratio = variance * precision;
+    const float ratio = q.variance * precision;
     return {mix.keep * g, dz + k * shift, dsample + 0.5f * k * (ratio - 1.0f), -k * shift,
             0.5f * k * (1.0f - ratio - shift * (mean - prior_mean))};
   } else {
-    return {mix.keep * g, dz + k * mean, dsample + 0.5f * k * (variance - 1.0f), 0.0f, 0.0f};
+    return {mix.keep * g, dz + k * mean, dsample + (0.5f * k) * q.variance_minus_1, 0.0f, 0.0f};
   }
 }
 

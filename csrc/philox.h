@@ -9,37 +9,47 @@
 
 namespace vittle {
 
-struct PhiloxKey {
-  uint32_t low, high;
+constexpr int kPhiloxRounds = 10;
+
+// The key of each round.
+struct PhiloxKeys {
+  uint32_t low[kPhiloxRounds], high[kPhiloxRounds];
 };
 
 struct PhiloxWords {
   uint32_t word[4];
 };
 
-VITTLE_FN PhiloxKey philox_key(int64_t seed) {
-  return {static_cast<uint32_t>(static_cast<uint64_t>(seed)), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
+VITTLE_FN PhiloxKeys philox_keys(int64_t seed) {
+  PhiloxKeys keys;
+  keys.low[0] = static_cast<uint32_t>(static_cast<uint64_t>(seed));
+  keys.high[0] = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  for (int round = 1; round < kPhiloxRounds; ++round) {
+    keys.low[round] = keys.low[round - 1] + 0x9E3779B9u;
+    keys.high[round] = keys.high[round - 1] + 0xBB67AE85u;
+  }
+  return keys;
 }
 
 // Recursive, not a loop: a vectorizer wants the loop around it to be the innermost one.
-template <int kRounds>
-VITTLE_FN PhiloxWords philox4x32(PhiloxKey key, PhiloxWords counter) {
+template <int kRound = 0>
+VITTLE_FN PhiloxWords philox4x32(const PhiloxKeys& keys, PhiloxWords counter) {
   const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * counter.word[0];
   const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * counter.word[2];
-  const PhiloxWords mixed = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key.low,
+  const PhiloxWords mixed = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ keys.low[kRound],
                               static_cast<uint32_t>(product1),
-                              static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key.high,
+                              static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ keys.high[kRound],
                               static_cast<uint32_t>(product0)}};
-  if constexpr (kRounds == 1) {
+  if constexpr (kRound + 1 == kPhiloxRounds) {
     return mixed;
   } else {
-    return philox4x32<kRounds - 1>({key.low + 0x9E3779B9u, key.high + 0xBB67AE85u}, mixed);
+    return philox4x32<kRound + 1>(keys, mixed);
   }
 }
 
-VITTLE_FN PhiloxWords noise_words(PhiloxKey key, int64_t row, uint32_t quad) {
+VITTLE_FN PhiloxWords noise_words(const PhiloxKeys& keys, int64_t row, uint32_t quad) {
   const uint64_t r = static_cast<uint64_t>(row);
-  return philox4x32<10>(key, {{quad, static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), 0u}});
+  return philox4x32(keys, {{quad, static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), 0u}});
 }
 
 // Two standard normals from two words: radius sqrt(-2 ln u) and angle 2 pi u', u = (word + 1/2) 2^-32.

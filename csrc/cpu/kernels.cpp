@@ -11,11 +11,11 @@ namespace {
 // Columns handled at a time: their noise stays in the first-level cache. A multiple of four, as Philox gives four.
 constexpr int64_t kTile = 512;
 
-void tile_normals(PhiloxKey key, int64_t row, int64_t column, int64_t count, float* __restrict eps) {
+void tile_normals(const PhiloxKeys& keys, int64_t row, int64_t column, int64_t count, float* __restrict eps) {
   const uint32_t first = static_cast<uint32_t>(column / 4);
   const uint32_t quads = static_cast<uint32_t>((count + 3) / 4);
   for (uint32_t q = 0; q < quads; ++q) {
-    const Normals n = normals(noise_words(key, row, first + q));
+    const Normals n = normals(noise_words(keys, row, first + q));
     eps[4 * q] = n.eps[0];
     eps[4 * q + 1] = n.eps[1];
     eps[4 * q + 2] = n.eps[2];
@@ -37,7 +37,7 @@ MeanLogvar<T> halves(T* row, int64_t width) {
 template <typename H, typename P, bool kLearnedPrior>
 void forward_row(const Forward& f, int64_t i) {
   const int64_t token = token_of(f, i);
-  const PhiloxKey key = philox_key(*f.seed);
+  const PhiloxKeys keys = philox_keys(*f.seed);
   const Interpolation mix = interpolation(*f.alpha);
   const H* __restrict hidden = static_cast<const H*>(f.hidden.data) + row_offset(f.hidden, token);
   const auto q = halves(static_cast<const P*>(f.posterior.data) + row_offset(f.posterior, i), f.width);
@@ -48,27 +48,27 @@ void forward_row(const Forward& f, int64_t i) {
   double kl = 0.0;
   for (int64_t column = 0; column < f.width; column += kTile) {
     const int64_t count = f.width - column < kTile ? f.width - column : kTile;
-    tile_normals(key, token, column, count, eps);
+    tile_normals(keys, token, column, count, eps);
     float tile_kl = 0.0f;
 #pragma omp simd reduction(+ : tile_kl)
     for (int64_t j = 0; j < count; ++j) {
       const int64_t c = column + j;
       const float prior_mean = kLearnedPrior ? prior.mean[c] : 0.0f;
       const float prior_logvar = kLearnedPrior ? prior.logvar[c] : 0.0f;
-      const ForwardElement e = forward_element<kLearnedPrior>(to_float(hidden[c]), to_float(q.mean[c]),
+      const ForwardElement e = forward_element<P, kLearnedPrior>(to_float(hidden[c]), to_float(q.mean[c]),
                                                               to_float(q.logvar[c]), eps[j], mix, f.bound, prior_mean, prior_logvar);
       from_float(e.out, out[c]);
-      tile_kl += e.kl;
+      tile_kl += e.twice_kl;
     }
     kl += tile_kl;
   }
-  f.kl[token] = static_cast<float>(kl / static_cast<double>(f.width));
+  f.kl[token] = static_cast<float>(0.5 * kl / static_cast<double>(f.width));
 }
 
 template <typename H, typename P, bool kLearnedPrior, bool kGradHidden>
 void backward_row(const Backward& b, int64_t i, int64_t group, float* partial) {
   const int64_t token = token_of(b, i);
-  const PhiloxKey key = philox_key(*b.seed);
+  const PhiloxKeys keys = philox_keys(*b.seed);
   const Interpolation mix = interpolation(*b.alpha);
   const float k = b.grad_kl[token] / static_cast<float>(b.width);
   const H* __restrict grad_out = static_cast<const H*>(b.grad_out.data) + row_offset(b.grad_out, token);
@@ -81,13 +81,13 @@ void backward_row(const Backward& b, int64_t i, int64_t group, float* partial) {
   alignas(64) float eps[kTile];
   for (int64_t column = 0; column < b.width; column += kTile) {
     const int64_t count = b.width - column < kTile ? b.width - column : kTile;
-    tile_normals(key, token, column, count, eps);
+    tile_normals(keys, token, column, count, eps);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
       const int64_t c = column + j;
       const float prior_mean = kLearnedPrior ? prior.mean[c] : 0.0f;
       const float prior_logvar = kLearnedPrior ? prior.logvar[c] : 0.0f;
-      const BackwardElement e = backward_element<kLearnedPrior>(to_float(grad_out[c]), k, to_float(q.mean[c]),
+      const BackwardElement e = backward_element<P, kLearnedPrior>(to_float(grad_out[c]), k, to_float(q.mean[c]),
                                                                 to_float(q.logvar[c]), eps[j], mix, b.bound, prior_mean, prior_logvar);
       if constexpr (kGradHidden) from_float(e.hidden, grad_hidden[c]);
       from_float(e.mean, grad_q.mean[c]);
@@ -175,9 +175,10 @@ void backward(const Backward& b, int threads) {
 }
 
 void philox(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t count) {
+  const PhiloxKeys keys = philox_keys(seed);
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t* c = counters + 4 * i;
-    const PhiloxWords w = philox4x32<10>(philox_key(seed), {{c[0], c[1], c[2], c[3]}});
+    const PhiloxWords w = philox4x32(keys, {{c[0], c[1], c[2], c[3]}});
     for (int64_t j = 0; j < 4; ++j) words[4 * i + j] = w.word[j];
   }
 }

@@ -21,6 +21,9 @@ const Kernels& kernels();
 // False where the library has no such kernels or this machine cannot run them.
 bool select_instruction_set(const char* name);
 
+// Asks for huge pages beneath the whole 2 MiB blocks of memory that is about to be written.
+void prefer_huge_pages(void* data, int64_t bytes);
+
 // Runs body(context, begin, end) over [0, count) in pieces of at most grain, on up to `threads` threads.
 void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context);
 

@@ -5,6 +5,7 @@
 
 #undef NDEBUG  // for the declaration of __assert_fail
 #include <cassert>
+#include <limits>
 #include <stdexcept>
 #include <type_traits>
 
@@ -15,8 +16,9 @@
 
 namespace vittle::cuda {
 
+constexpr int kWarp = 32;
 constexpr int kThreads = 128;
-constexpr int kTile = kThreads * kVector;  // columns that a block handles at a time
+constexpr int kWarps = kThreads / kWarp;
 
 inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
@@ -37,11 +39,39 @@ class DeviceGuard {
   int device_, previous_ = 0;
 };
 
+// As many blocks as cover `count` things, `per_block` at a time.
+inline unsigned blocks_for(int64_t count, int64_t per_block) {
+  const int64_t blocks = (count + per_block - 1) / per_block;
+  if (blocks > std::numeric_limits<int>::max()) throw std::invalid_argument("more rows than a CUDA grid has blocks for");
+  return static_cast<unsigned>(blocks);
+}
+
+// Keeps a value in its register: left alone, the compiler computes it anew in every turn of a loop.
+__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+template <typename T>
+__device__ __forceinline__ void keep(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
+__device__ __forceinline__ PhiloxKeys resident_keys(int64_t seed) {
+  PhiloxKeys keys = philox_keys(seed);
+#pragma unroll
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    keep(keys.low[round]);
+    keep(keys.high[round]);
+  }
+  return keys;
+}
+
+// Keeps the loads above it together, all in flight at once: the compiler would rather wait for registers.
+__device__ __forceinline__ void loads_before_arithmetic() { __syncwarp(__activemask()); }
+
 // The noise of columns [column, column + 8) of a token's row; column is a multiple of 8.
-__device__ __forceinline__ void load_normals(PhiloxKey key, int64_t token, int64_t column, float (&eps)[kVector]) {
+__device__ __forceinline__ void load_normals(const PhiloxKeys& keys, int64_t token, int column, float (&eps)[kVector]) {
 #pragma unroll
   for (int i = 0; i < kVector; i += 4) {
-    const Normals n = vittle::normals(noise_words(key, token, static_cast<uint32_t>((column + i) / 4)));
+    const Normals n = vittle::normals(noise_words(keys, token, static_cast<uint32_t>(column + i) / 4));
 #pragma unroll
     for (int j = 0; j < 4; ++j) eps[i + j] = n.eps[j];
   }

@@ -22,12 +22,12 @@ void for_each(int64_t count, Launch launch, F f) {
 }
 
 struct Philox {
-  PhiloxKey key;
+  PhiloxKeys keys;
   const uint32_t* counters;
   uint32_t* words;
   __device__ void operator()(int64_t i) const {
     const uint32_t* c = counters + 4 * i;
-    const PhiloxWords w = philox4x32<10>(key, {{c[0], c[1], c[2], c[3]}});
+    const PhiloxWords w = philox4x32(keys, {{c[0], c[1], c[2], c[3]}});
     for (int j = 0; j < 4; ++j) words[4 * i + j] = w.word[j];
   }
 };
@@ -47,7 +47,7 @@ struct Exponential {
 }  // namespace
 
 void philox(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t count, Launch launch) {
-  for_each(count, launch, Philox{philox_key(seed), counters, words});
+  for_each(count, launch, Philox{philox_keys(seed), counters, words});
 }
 
 void normals(const uint32_t* words, float* eps, int64_t count, Launch launch) {

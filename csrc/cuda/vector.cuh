@@ -1,4 +1,4 @@
-// Eight neighbouring columns of a row, as fp32: two 16-byte accesses in fp32, one in half precision.
+// Eight neighbouring columns of a row: two 16-byte accesses in fp32, one in half precision.
 #pragma once
 
 #include "../dtype.h"
@@ -7,47 +7,58 @@ namespace vittle::cuda {
 
 constexpr int kVector = 8;
 
+// As they are stored; to be converted where they are used, so that loads in flight hold few registers.
 template <typename T>
-constexpr int kPerAccess = 16 / sizeof(T);
-
-template <typename T>
-union Access {
-  uint4 packed;
-  T element[kPerAccess<T>];
+union Vector {
+  uint4 access[kVector * sizeof(T) / sizeof(uint4)];
+  uint32_t word[kVector * sizeof(T) / sizeof(uint32_t)];
+  T element[kVector];
 };
 
 // Columns [column, column + 8) of row. Aligned: all exist and the row starts on 16 bytes. Else those from width on
 // read as 0.
 template <bool kAligned, typename T>
-__device__ __forceinline__ void load(const T* row, int64_t column, int64_t width, float (&value)[kVector]) {
+__device__ __forceinline__ Vector<T> load(const T* row, int column, int width) {
+  Vector<T> vector;
   if constexpr (kAligned) {
+    const uint4* accesses = reinterpret_cast<const uint4*>(row + column);
 #pragma unroll
-    for (int i = 0; i < kVector; i += kPerAccess<T>) {
-      Access<T> access;
-      access.packed = __ldg(reinterpret_cast<const uint4*>(row + column + i));
-#pragma unroll
-      for (int j = 0; j < kPerAccess<T>; ++j) value[i + j] = to_float(access.element[j]);
-    }
+    for (int i = 0; i < static_cast<int>(sizeof(vector) / sizeof(uint4)); ++i) vector.access[i] = __ldg(accesses + i);
   } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) value[i] = column + i < width ? to_float(row[column + i]) : 0.0f;
+    for (int j = 0; j < kVector; ++j) vector.element[j] = column + j < width ? row[column + j] : T{};
+  }
+  return vector;
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(const Vector<T>& vector, float (&value)[kVector]) {
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) value[j] = to_float(vector.element[j]);
+}
+
+// By the word: one instruction a value, where taking a word's upper element apart first costs another.
+__device__ __forceinline__ void unpack(const Vector<BFloat16>& vector, float (&value)[kVector]) {
+#pragma unroll
+  for (int j = 0; j < kVector; j += 2) {
+    value[j] = as_float(vector.word[j / 2] << 16);
+    value[j + 1] = as_float(vector.word[j / 2] & 0xffff0000u);
   }
 }
 
 template <bool kAligned, typename T>
-__device__ __forceinline__ void store(T* row, int64_t column, int64_t width, const float (&value)[kVector]) {
+__device__ __forceinline__ void store(T* row, int column, int width, const float (&value)[kVector]) {
+  Vector<T> vector;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) from_float(value[j], vector.element[j]);
   if constexpr (kAligned) {
-#pragma unroll
-    for (int i = 0; i < kVector; i += kPerAccess<T>) {
-      Access<T> access;
-#pragma unroll
-      for (int j = 0; j < kPerAccess<T>; ++j) from_float(value[i + j], access.element[j]);
-      *reinterpret_cast<uint4*>(row + column + i) = access.packed;
-    }
+    uint4* accesses = reinterpret_cast<uint4*>(row + column);
+#pragma unroll  // __stwb, because the compiler splits plain stores of 16 bytes now and then
+    for (int i = 0; i < static_cast<int>(sizeof(vector) / sizeof(uint4)); ++i) __stwb(accesses + i, vector.access[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (column + i < width) from_float(value[i], row[column + i]);
+    for (int j = 0; j < kVector; ++j) {
+      if (column + j < width) row[column + j] = vector.element[j];
     }
   }
 }

@@ -33,7 +33,7 @@ FLAGS = (
 ).split()
 KERNELS = (
     *("csrc/cuda/forward.cu", "csrc/cuda/backward.cu", "csrc/cuda/probes.cu"),
-    *("csrc/cpu/kernels.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"),
+    *("csrc/cpu/kernels.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/pages.cpp", "csrc/cpu/parallel.cpp"),
 )
 
 LAUNCH = re.compile(r"(\w+(?:<[^;{}]*?>)?)(\s*)<<<(.+?)>>>\((.+?)\);", re.DOTALL)

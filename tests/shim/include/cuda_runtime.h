@@ -116,10 +116,27 @@ void launch(dim3 grid, unsigned threads, size_t, cudaStream_t, const Kernel& ker
 
 using std::min;
 
+namespace shim {
+
+inline void check_aligned(const uint4* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(uint4) != 0) fail("misaligned address");
+}
+
+}  // namespace shim
+
 inline uint4 __ldg(const uint4* address) {
-  if (reinterpret_cast<uintptr_t>(address) % sizeof(uint4) != 0) shim::fail("misaligned address");
+  shim::check_aligned(address);
   return *address;
 }
+
+inline void __stwb(uint4* address, uint4 value) {
+  shim::check_aligned(address);
+  *address = value;
+}
+
+// Lanes are threads of their own here and wait for one another at shuffles alone.
+inline unsigned __activemask() { return ~0u; }
+inline void __syncwarp(unsigned) {}
 
 inline void __syncthreads() { shim::block->all.arrive_and_wait(); }
 
