@@ -16,9 +16,15 @@ struct PhiloxKeys {
   uint32_t low[kPhiloxRounds], high[kPhiloxRounds];
 };
 
+// Word: uint32_t, or several of them, where wide_product, high_word, low_word and ^ are defined.
+template <typename Word>
 struct PhiloxWords {
-  uint32_t word[4];
+  Word word[4];
 };
+
+VITTLE_FN uint64_t wide_product(uint32_t factor, uint32_t word) { return static_cast<uint64_t>(factor) * word; }
+VITTLE_FN uint32_t high_word(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
+VITTLE_FN uint32_t low_word(uint64_t product) { return static_cast<uint32_t>(product); }
 
 VITTLE_FN PhiloxKeys philox_keys(int64_t seed) {
   PhiloxKeys keys;
@@ -32,14 +38,12 @@ VITTLE_FN PhiloxKeys philox_keys(int64_t seed) {
 }
 
 // Recursive, not a loop: a vectorizer wants the loop around it to be the innermost one.
-template <int kRound = 0>
-VITTLE_FN PhiloxWords philox4x32(const PhiloxKeys& keys, PhiloxWords counter) {
-  const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * counter.word[0];
-  const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * counter.word[2];
-  const PhiloxWords mixed = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ keys.low[kRound],
-                              static_cast<uint32_t>(product1),
-                              static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ keys.high[kRound],
-                              static_cast<uint32_t>(product0)}};
+template <int kRound = 0, typename Word>
+VITTLE_FN PhiloxWords<Word> philox4x32(const PhiloxKeys& keys, PhiloxWords<Word> counter) {
+  const auto product0 = wide_product(0xD2511F53u, counter.word[0]);
+  const auto product1 = wide_product(0xCD9E8D57u, counter.word[2]);
+  const PhiloxWords<Word> mixed = {{high_word(product1) ^ counter.word[1] ^ keys.low[kRound], low_word(product1),
+                                    high_word(product0) ^ counter.word[3] ^ keys.high[kRound], low_word(product0)}};
   if constexpr (kRound + 1 == kPhiloxRounds) {
     return mixed;
   } else {
@@ -47,9 +51,9 @@ VITTLE_FN PhiloxWords philox4x32(const PhiloxKeys& keys, PhiloxWords counter) {
   }
 }
 
-VITTLE_FN PhiloxWords noise_words(const PhiloxKeys& keys, int64_t row, uint32_t quad) {
+VITTLE_FN PhiloxWords<uint32_t> noise_counter(int64_t row, uint32_t quad) {
   const uint64_t r = static_cast<uint64_t>(row);
-  return philox4x32(keys, {{quad, static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), 0u}});
+  return {{quad, low_word(r), high_word(r), 0u}};
 }
 
 // Two standard normals from two words: radius sqrt(-2 ln u) and angle 2 pi u', u = (word + 1/2) 2^-32.
@@ -65,7 +69,7 @@ struct Normals {
   float eps[4];
 };
 
-VITTLE_FN Normals normals(PhiloxWords words) {
+VITTLE_FN Normals normals(PhiloxWords<uint32_t> words) {
   Normals n;
   box_muller(words.word[0], words.word[1], n.eps[0], n.eps[1]);
   box_muller(words.word[2], words.word[3], n.eps[2], n.eps[3]);

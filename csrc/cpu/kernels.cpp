@@ -4,6 +4,7 @@
 
 #include "../element.h"
 #include "../philox.h"
+#include "lanes.h"
 
 namespace vittle::cpu {
 namespace {
@@ -12,10 +13,17 @@ namespace {
 constexpr int64_t kTile = 512;
 
 void tile_normals(const PhiloxKeys& keys, int64_t row, int64_t column, int64_t count, float* __restrict eps) {
-  const uint32_t first = static_cast<uint32_t>(column / 4);
+  const PhiloxWords<uint32_t> first = noise_counter(row, static_cast<uint32_t>(column / 4));
   const uint32_t quads = static_cast<uint32_t>((count + 3) / 4);
+  alignas(64) uint32_t words[4][kTile / 4];
+  for (uint32_t q = 0; q < quads; q += kLanes) {
+    const PhiloxWords<Lanes> counters = {
+        {count_from(first.word[0] + q), broadcast(first.word[1]), broadcast(first.word[2]), broadcast(0)}};
+    const PhiloxWords<Lanes> mixed = philox4x32(keys, counters);
+    for (int i = 0; i < 4; ++i) store(mixed.word[i], words[i] + q);
+  }
   for (uint32_t q = 0; q < quads; ++q) {
-    const Normals n = normals(noise_words(keys, row, first + q));
+    const Normals n = normals({{words[0][q], words[1][q], words[2][q], words[3][q]}});
     eps[4 * q] = n.eps[0];
     eps[4 * q + 1] = n.eps[1];
     eps[4 * q + 2] = n.eps[2];
@@ -178,7 +186,7 @@ void philox(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t cou
   const PhiloxKeys keys = philox_keys(seed);
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t* c = counters + 4 * i;
-    const PhiloxWords w = philox4x32(keys, {{c[0], c[1], c[2], c[3]}});
+    const PhiloxWords<uint32_t> w = philox4x32(keys, PhiloxWords<uint32_t>{{c[0], c[1], c[2], c[3]}});
     for (int64_t j = 0; j < 4; ++j) words[4 * i + j] = w.word[j];
   }
 }

@@ -71,7 +71,7 @@ __device__ __forceinline__ void loads_before_arithmetic() { __syncwarp(__activem
 __device__ __forceinline__ void load_normals(const PhiloxKeys& keys, int64_t token, int column, float (&eps)[kVector]) {
 #pragma unroll
   for (int i = 0; i < kVector; i += 4) {
-    const Normals n = vittle::normals(noise_words(keys, token, static_cast<uint32_t>(column + i) / 4));
+    const Normals n = vittle::normals(philox4x32(keys, noise_counter(token, static_cast<uint32_t>(column + i) / 4)));
 #pragma unroll
     for (int j = 0; j < 4; ++j) eps[i + j] = n.eps[j];
   }

@@ -27,7 +27,7 @@ struct Philox {
   uint32_t* words;
   __device__ void operator()(int64_t i) const {
     const uint32_t* c = counters + 4 * i;
-    const PhiloxWords w = philox4x32(keys, {{c[0], c[1], c[2], c[3]}});
+    const PhiloxWords<uint32_t> w = philox4x32(keys, PhiloxWords<uint32_t>{{c[0], c[1], c[2], c[3]}});
     for (int j = 0; j < 4; ++j) words[4 * i + j] = w.word[j];
   }
 };
