@@ -12,15 +12,32 @@ namespace {
 // Columns handled at a time: their noise stays in the first-level cache. A multiple of four, as Philox gives four.
 constexpr int64_t kTile = 512;
 
-void tile_normals(const PhiloxKeys& keys, int64_t row, int64_t column, int64_t count, float* __restrict eps) {
+// Fetches what a tile will read while its noise is drawn, the columns of one step of Philox at a time: fetched all at
+// once they would stall it. On an EPYC with AVX-512, a fifth of the time of forward in fp32.
+template <typename T>
+void prefetch(const T* columns) {
+  for (uint32_t bytes = 0; bytes < 4 * kLanes * sizeof(T); bytes += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(columns) + bytes);
+  }
+}
+
+template <typename H, typename P>
+void tile_normals(const PhiloxKeys& keys, int64_t row, int64_t column, int64_t count, const H* hidden, const P* mean,
+                  const P* logvar, float* __restrict eps) {
   const PhiloxWords<uint32_t> first = noise_counter(row, static_cast<uint32_t>(column / 4));
   const uint32_t quads = static_cast<uint32_t>((count + 3) / 4);
+  PhiloxWords<Lanes> counter = {
+      {count_from(first.word[0]), broadcast(first.word[1]), broadcast(first.word[2]), broadcast(0)}};
   alignas(64) uint32_t words[4][kTile / 4];
   for (uint32_t q = 0; q < quads; q += kLanes) {
-    const PhiloxWords<Lanes> counters = {
-        {count_from(first.word[0] + q), broadcast(first.word[1]), broadcast(first.word[2]), broadcast(0)}};
-    const PhiloxWords<Lanes> mixed = philox4x32(keys, counters);
+    const PhiloxWords<Lanes> mixed = philox4x32(keys, counter);
     for (int i = 0; i < 4; ++i) store(mixed.word[i], words[i] + q);
+    counter.word[0] = counter.word[0] + kLanes;
+    if constexpr (kLanes > 1) {
+      prefetch(hidden + column + 4 * q);
+      prefetch(mean + column + 4 * q);
+      prefetch(logvar + column + 4 * q);
+    }
   }
   for (uint32_t q = 0; q < quads; ++q) {
     const Normals n = normals({{words[0][q], words[1][q], words[2][q], words[3][q]}});
@@ -47,6 +64,7 @@ void forward_row(const Forward& f, int64_t i) {
   const int64_t token = token_of(f, i);
   const PhiloxKeys keys = philox_keys(*f.seed);
   const Interpolation mix = interpolation(*f.alpha);
+  const float bound = f.bound;
   const H* __restrict hidden = static_cast<const H*>(f.hidden.data) + row_offset(f.hidden, token);
   const auto q = halves(static_cast<const P*>(f.posterior.data) + row_offset(f.posterior, i), f.width);
   const auto prior = halves(f.prior + (kLearnedPrior ? group_of(f, i) * 2 * f.width : 0), kLearnedPrior ? f.width : 0);
@@ -56,7 +74,7 @@ void forward_row(const Forward& f, int64_t i) {
   double kl = 0.0;
   for (int64_t column = 0; column < f.width; column += kTile) {
     const int64_t count = f.width - column < kTile ? f.width - column : kTile;
-    tile_normals(keys, token, column, count, eps);
+    tile_normals(keys, token, column, count, hidden, q.mean, q.logvar, eps);
     float tile_kl = 0.0f;
 #pragma omp simd reduction(+ : tile_kl)
     for (int64_t j = 0; j < count; ++j) {
@@ -64,7 +82,7 @@ void forward_row(const Forward& f, int64_t i) {
       const float prior_mean = kLearnedPrior ? prior.mean[c] : 0.0f;
       const float prior_logvar = kLearnedPrior ? prior.logvar[c] : 0.0f;
       const ForwardElement e = forward_element<P, kLearnedPrior>(to_float(hidden[c]), to_float(q.mean[c]),
-                                                              to_float(q.logvar[c]), eps[j], mix, f.bound, prior_mean, prior_logvar);
+                                                              to_float(q.logvar[c]), eps[j], mix, bound, prior_mean, prior_logvar);
       from_float(e.out, out[c]);
       tile_kl += e.twice_kl;
     }
@@ -78,6 +96,7 @@ void backward_row(const Backward& b, int64_t i, int64_t group, float* partial) {
   const int64_t token = token_of(b, i);
   const PhiloxKeys keys = philox_keys(*b.seed);
   const Interpolation mix = interpolation(*b.alpha);
+  const float bound = b.bound;
   const float k = b.grad_kl[token] / static_cast<float>(b.width);
   const H* __restrict grad_out = static_cast<const H*>(b.grad_out.data) + row_offset(b.grad_out, token);
   const auto q = halves(static_cast<const P*>(b.posterior.data) + row_offset(b.posterior, i), b.width);
@@ -89,14 +108,14 @@ void backward_row(const Backward& b, int64_t i, int64_t group, float* partial) {
   alignas(64) float eps[kTile];
   for (int64_t column = 0; column < b.width; column += kTile) {
     const int64_t count = b.width - column < kTile ? b.width - column : kTile;
-    tile_normals(keys, token, column, count, eps);
+    tile_normals(keys, token, column, count, grad_out, q.mean, q.logvar, eps);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
       const int64_t c = column + j;
       const float prior_mean = kLearnedPrior ? prior.mean[c] : 0.0f;
       const float prior_logvar = kLearnedPrior ? prior.logvar[c] : 0.0f;
       const BackwardElement e = backward_element<P, kLearnedPrior>(to_float(grad_out[c]), k, to_float(q.mean[c]),
-                                                                to_float(q.logvar[c]), eps[j], mix, b.bound, prior_mean, prior_logvar);
+                                                                to_float(q.logvar[c]), eps[j], mix, bound, prior_mean, prior_logvar);
       if constexpr (kGradHidden) from_float(e.hidden, grad_hidden[c]);
       from_float(e.mean, grad_q.mean[c]);
       from_float(e.logvar, grad_q.logvar[c]);

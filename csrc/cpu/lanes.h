@@ -25,12 +25,13 @@ struct Lanes {
 
 VITTLE_FN Lanes operator^(Lanes a, Lanes b) { return {a.value ^ b.value}; }
 VITTLE_FN Lanes operator^(Lanes a, uint32_t b) { return {a.value ^ b}; }
+VITTLE_FN Lanes operator+(Lanes a, uint32_t b) { return {a.value + b}; }
 VITTLE_FN Lanes high_word(Lanes product) { return {product.value >> 32}; }
 VITTLE_FN Lanes low_word(Lanes product) { return product; }
 
 VITTLE_FN Lanes wide_product(uint32_t factor, Lanes word) {
-#if defined(__AVX512F__)
-  return {(Lanes::Vector)_mm512_mul_epu32(_mm512_set1_epi64(factor), (__m512i)word.value)};
+#if defined(__AVX512F__)  // maskz, because of _mm512_mul_epu32 GCC 12 warns in its own header
+  return {(Lanes::Vector)_mm512_maskz_mul_epu32(0xff, _mm512_set1_epi64(factor), (__m512i)word.value)};
 #else
   return {(Lanes::Vector)_mm256_mul_epu32(_mm256_set1_epi64x(factor), (__m256i)word.value)};
 #endif
