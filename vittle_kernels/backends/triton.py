@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vittle_kernels.backends.problem import Problem, prior_rows, row_layout
+from vittle_kernels.backends.problem import Problem, RowLayout, prior_rows, row_layout
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 except ImportError as error:
     triton = None
     _import_error = str(error)
@@ -39,16 +40,34 @@ def why_unavailable(device: torch.device | None) -> str | None:
 
 
 if triton is not None:
+    # The interpreter knows no approximate functions, and the compiler's own log2 and exp are not them.
+    _APPROXIMATE: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
 
     @triton.jit
-    def _row_offset(row, inner, outer_stride, inner_stride):
+    def _log2(x):
+        return libdevice.fast_log2f(x) if _APPROXIMATE else tl.log2(x)
+
+    @triton.jit
+    def _exp(x):
+        return libdevice.fast_expf(x) if _APPROXIMATE else tl.exp(x)
+
+    @triton.jit
+    def _spread(s, HALF: tl.constexpr):
+        """Standard deviation and variance; the square's rounding shows where the posterior is in fp32 only."""
+        sigma = _exp(0.5 * s)
+        return sigma, sigma * sigma if HALF else _exp(s)
+
+    @triton.jit
+    def _row_offset(row, inner, outer_stride, inner_stride, ONE_LEVEL: tl.constexpr):
+        if ONE_LEVEL:
+            return row * inner_stride
         return (row // inner) * outer_stride + (row % inner) * inner_stride
 
     @triton.jit
     def _normals_of_words(radius_word, angle_word):
         """Box-Muller: u = (word + 1/2) 2^-32; the angle by quadrants and polynomials, its error below 1.5e-7."""
         u = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-        radius = tl.sqrt(-1.3862943611198906 * tl.minimum(tl.log2(u), 0.0))
+        radius = tl.sqrt(-1.3862943611198906 * tl.minimum(_log2(u), 0.0))
         quadrant = (angle_word + 0x20000000) >> 30
         rest = (angle_word - (quadrant << 30)).to(tl.int32, bitcast=True)
         t = rest.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
@@ -73,8 +92,7 @@ if triton is not None:
 
     @triton.jit
     def _clamp(x, bound):
-        x = tl.where(x < -bound, -bound, x)  # comparisons are false for NaN, which passes through
-        return tl.where(x > bound, bound, x)
+        return tl.clamp(x, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit
     def _group_rows(offsets, group, groups, tokens, ROWS: tl.constexpr):
@@ -98,15 +116,16 @@ if triton is not None:
         hidden, hidden_inner, hidden_outer_stride, hidden_inner_stride,
         posterior, posterior_inner, posterior_outer_stride, posterior_inner_stride,
         out, kl, alpha, seed, rows, prior, offsets, groups, width, bound,
-        HAS_ROWS: tl.constexpr, HAS_PRIOR: tl.constexpr, BLOCK: tl.constexpr,
+        ONE_LEVEL: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_PRIOR: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program, one posterior row."""
+        HALF: tl.constexpr = posterior.dtype.element_ty != tl.float32
         i = tl.program_id(0).to(tl.int64)
         token = tl.load(rows + i) if HAS_ROWS else i
         alpha = tl.load(alpha)
         seed = tl.load(seed)
-        hidden += _row_offset(token, hidden_inner, hidden_outer_stride, hidden_inner_stride)
-        posterior += _row_offset(i, posterior_inner, posterior_outer_stride, posterior_inner_stride)
+        hidden += _row_offset(token, hidden_inner, hidden_outer_stride, hidden_inner_stride, ONE_LEVEL)
+        posterior += _row_offset(i, posterior_inner, posterior_outer_stride, posterior_inner_stride, ONE_LEVEL)
         out += token * width
         if HAS_PRIOR:
             group = i * 0
@@ -114,7 +133,7 @@ if triton is not None:
                 group += (i >= tl.load(offsets + g)).to(tl.int64)
             prior += group * 2 * width
 
-        row_kl = tl.zeros([BLOCK], tl.float32)
+        row_twice_kl = tl.zeros([BLOCK], tl.float32)
         for column in range(0, width, BLOCK):
             c = column + tl.arange(0, BLOCK)
             mask = c < width
@@ -122,17 +141,17 @@ if triton is not None:
             mu = tl.load(posterior + c, mask=mask, other=0.0).to(tl.float32)
             s = _clamp(tl.load(posterior + width + c, mask=mask, other=0.0).to(tl.float32), bound)
             eps = _normals(seed, token, column, BLOCK)
-            variance = tl.exp(s)
-            z = mu + tl.exp(0.5 * s) * eps
+            sigma, variance = _spread(s, HALF)
+            z = mu + sigma * eps
             tl.store(out + c, ((1.0 - alpha) * h + alpha * z).to(out.dtype.element_ty), mask=mask)
             if HAS_PRIOR:
                 m = tl.load(prior + c, mask=mask, other=0.0)
                 v = tl.load(prior + width + c, mask=mask, other=0.0)
-                element_kl = 0.5 * (v - s + (variance + (mu - m) * (mu - m)) * tl.exp(-v) - 1.0)
+                twice_kl = v - s + (variance + (mu - m) * (mu - m)) * _exp(-v) - 1.0
             else:
-                element_kl = 0.5 * (variance - s + mu * mu - 1.0)
-            row_kl += tl.where(mask, element_kl, 0.0)
-        tl.store(kl + token, tl.sum(row_kl, 0) / width)
+                twice_kl = variance - s + mu * mu - 1.0
+            row_twice_kl += tl.where(mask, twice_kl, 0.0)
+        tl.store(kl + token, 0.5 * tl.sum(row_twice_kl, 0) / width)
 
     @triton.jit
     def _backward_kernel(
@@ -140,10 +159,11 @@ if triton is not None:
         posterior, posterior_inner, posterior_outer_stride, posterior_inner_stride,
         grad_kl, grad_hidden, grad_posterior, partials,
         alpha, seed, rows, prior, offsets, groups, tokens, width, bound,
-        NEED_HIDDEN: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_PRIOR: tl.constexpr,
+        NEED_HIDDEN: tl.constexpr, ONE_LEVEL: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_PRIOR: tl.constexpr,
         BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         """One program, one tile of columns of one block of posterior rows."""
+        HALF: tl.constexpr = posterior.dtype.element_ty != tl.float32
         block = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK
         c = column + tl.arange(0, BLOCK)
@@ -165,7 +185,7 @@ if triton is not None:
                     end = tl.minimum(begin + ROWS, rows_end)
             m = tl.load(prior + group * 2 * width + c, mask=mask, other=0.0)
             v = tl.load(prior + group * 2 * width + width + c, mask=mask, other=0.0)
-            precision = tl.exp(-v)
+            precision = _exp(-v)
             dm = tl.zeros([BLOCK], tl.float32)
             dv = tl.zeros([BLOCK], tl.float32)
 
@@ -173,24 +193,24 @@ if triton is not None:
             i = block * 0 + row  # int64 in the interpreter too
             token = tl.load(rows + i) if HAS_ROWS else i
             k = tl.load(grad_kl + token) / width
-            g_row = grad_out + _row_offset(token, grad_inner, grad_outer_stride, grad_inner_stride)
-            q_row = posterior + _row_offset(i, posterior_inner, posterior_outer_stride, posterior_inner_stride)
+            g_row = grad_out + _row_offset(token, grad_inner, grad_outer_stride, grad_inner_stride, ONE_LEVEL)
+            q_row = posterior + _row_offset(i, posterior_inner, posterior_outer_stride, posterior_inner_stride, ONE_LEVEL)
             g = tl.load(g_row + c, mask=mask, other=0.0).to(tl.float32)
             mu = tl.load(q_row + c, mask=mask, other=0.0).to(tl.float32)
             s = _clamp(tl.load(q_row + width + c, mask=mask, other=0.0).to(tl.float32), bound)
-            variance = tl.exp(s)
+            sigma, variance = _spread(s, HALF)
             dz = alpha * g
-            ds = 0.5 * dz * _normals(seed, token, column, BLOCK) * tl.exp(0.5 * s)
+            ds = (0.5 * alpha) * g * (_normals(seed, token, column, BLOCK) * sigma)
             if HAS_PRIOR:
                 shift = (mu - m) * precision
                 ratio = variance * precision
                 dmu = dz + k * shift
-                ds += 0.5 * k * (ratio - 1.0)
+                ds += (0.5 * k) * (ratio - 1.0)
                 dm -= k * shift
                 dv += 0.5 * k * (1.0 - ratio - shift * (mu - m))
             else:
                 dmu = dz + k * mu
-                ds += 0.5 * k * (variance - 1.0)
+                ds += (0.5 * k) * (variance - 1.0)
             if NEED_HIDDEN:
                 dh = (1.0 - alpha) * g
                 tl.store(grad_hidden + token * width + c, dh.to(grad_hidden.dtype.element_ty), mask=mask)
@@ -224,10 +244,12 @@ def forward(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
     kl = torch.empty(hidden.shape[:-1], dtype=torch.float32, device=hidden.device)
     if problem.tokens > 0:
         prior = prior_rows(problem.prior)
+        hidden_rows, posterior_rows = row_layout(hidden), row_layout(problem.posterior)
         with _device(hidden):
             _forward_kernel[(problem.tokens,)](
-                *row_layout(hidden), *row_layout(problem.posterior), out, kl, problem.alpha, problem.seed,
+                *hidden_rows, *posterior_rows, out, kl, problem.alpha, problem.seed,
                 problem.rows, prior, problem.offsets, problem.groups, problem.width, _bound(problem),
+                ONE_LEVEL=_one_level(problem, hidden_rows, posterior_rows),
                 HAS_ROWS=problem.rows is not None, HAS_PRIOR=prior is not None, BLOCK=_block(problem.width),
                 **_LAUNCH,
             )  # fmt: skip
@@ -244,14 +266,15 @@ def backward(
     prior = prior_rows(problem.prior)
     blocks, block = problem.tokens // ROWS_PER_BLOCK + problem.groups, _block(width)
     partials = None if prior is None else torch.empty((blocks, 2 * width), dtype=torch.float32, device=device)
+    grad_rows, posterior_rows = row_layout(grad_out), row_layout(posterior)
     with _device(grad_out):
         _backward_kernel[(blocks, triton.cdiv(width, block))](
-            *row_layout(grad_out), *row_layout(posterior),
+            *grad_rows, *posterior_rows,
             grad_kl.to(torch.float32).contiguous(), grad_hidden, grad_posterior, partials,
             problem.alpha, problem.seed, problem.rows, prior, problem.offsets, problem.groups,
             problem.tokens, width, _bound(problem),
-            NEED_HIDDEN=need_hidden, HAS_ROWS=problem.rows is not None, HAS_PRIOR=prior is not None,
-            BLOCK=block, ROWS=ROWS_PER_BLOCK, **_LAUNCH,
+            NEED_HIDDEN=need_hidden, ONE_LEVEL=_one_level(problem, grad_rows, posterior_rows),
+            HAS_ROWS=problem.rows is not None, HAS_PRIOR=prior is not None, BLOCK=block, ROWS=ROWS_PER_BLOCK, **_LAUNCH,
         )  # fmt: skip
         if prior is None:
             return grad_hidden, grad_posterior, None
@@ -262,6 +285,10 @@ def backward(
             BLOCK=128, ROWS=ROWS_PER_BLOCK, **_LAUNCH,
         )  # fmt: skip
     return grad_hidden, grad_posterior, grad_prior.to(problem.prior.dtype).view(problem.prior.shape)
+
+
+def _one_level(problem: Problem, *layouts: RowLayout) -> bool:
+    return all(layout.inner >= problem.tokens for layout in layouts)
 
 
 def _block(width: int) -> int:
