@@ -2,61 +2,73 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-COMPILE_TRITON = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from vittle_kernels.backends import triton as kernels
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-INTEGERS = {"rows": "*i64", "offsets": "*i32", "seed": "*i64"}
-INTEGERS |= dict.fromkeys(("groups", "tokens", "width", "columns"), "i32")
-STATE = {"hidden", "posterior", "out", "grad_out", "grad_hidden", "grad_posterior"}
-
-def signature(kernel, constants, dtype):
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            types[name] = "constexpr"
-        elif name in INTEGERS:
-            types[name] = INTEGERS[name]
-        elif name in STATE:
-            types[name] = dtype
-        elif name == "bound":
-            types[name] = "fp32"
-        else:
-            types[name] = "i64" if name.endswith(("inner", "stride")) else "*fp32"
-    return types
-
-for capability in (80, 90, 100):
-    for dtype in ("*bf16", "*fp32"):
-        for prior in (False, True):
-            flags = {"HAS_ROWS": True, "HAS_PRIOR": prior, "BLOCK": 1024}
-            for kernel, constants in (
-                (kernels._forward_kernel, flags),
-                (kernels._backward_kernel, flags | {"NEED_HIDDEN": True, "ROWS": 32}),
-                (kernels._sum_partials_kernel, {"BLOCK": 128, "ROWS": 32}),
-            ):
-                source = ASTSource(kernel, signature(kernel, constants, dtype), constants)
-                compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels._LAUNCH)
-                assert compiled.asm["cubin"].startswith(b"\\x7fELF")
-                print(capability, dtype, prior, kernel.__name__)
-"""
+INSTRUCTIONS = {
+    ("cuda", "forward", "fixed"): 34,
+    ("cuda", "backward", "fixed"): 38,
+    ("cuda", "forward", "learnable"): 42,
+    ("triton", "forward", "fixed"): 55,
+    ("triton", "backward", "fixed"): 65,
+}
+"""At most, for an element on sm_90 in bf16."""
 
 
-def test_triton_kernels() -> None:
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every kernel compiled for every architecture, in a process where Triton does not interpret."""
     pytest.importorskip("triton")
+    output = tmp_path_factory.mktemp("costs") / "costs.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE_TRITON], env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, BENCHMARKS / "static_cost.py", "--dtype", "bfloat16", "float32", "--json", output]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert len(result.stdout.splitlines()) == 3 * 2 * 2 * 3
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    return json.loads(output.read_text())
+
+
+def test_every_kernel_compiles_for_every_architecture(costs: list[dict[str, Any]]) -> None:
+    backends = {"triton"} | ({"cuda"} if shutil.which("nvcc") else set())
+    kernels = [tuple(row[key] for key in ("backend", "kernel", "arch", "dtype", "prior")) for row in costs]
+    expected = product(
+        backends, ("forward", "backward"), (80, 90, 100), ("bfloat16", "float32"), ("fixed", "learnable")
+    )
+    assert sorted(kernels) == sorted(expected)
+
+
+def test_nothing_spills(costs: list[dict[str, Any]]) -> None:
+    assert not any(row["local_bytes"] or row["local_accesses"] for row in costs)
+
+
+def test_accesses_are_wide_and_early(costs: list[dict[str, Any]]) -> None:
+    """16 bytes each, three loads under way before one is waited for; the sum over rows also reads what a row has."""
+    for row in costs:
+        if row["kernel"] == "forward" or (row["backend"], row["prior"]) == ("cuda", "fixed"):
+            assert row["widths"] == [16] and row["loads_in_flight"] >= 3, row
+        else:
+            assert max(row["widths"]) == 16 and min(row["widths"]) >= 4, row
+
+
+def test_instructions_an_element(costs: list[dict[str, Any]]) -> None:
+    counted = {
+        key: row["instructions"]
+        for row in costs
+        if (row["arch"], row["dtype"]) == (90, "bfloat16")
+        and (key := (row["backend"], row["kernel"], row["prior"])) in INSTRUCTIONS
+    }
+    assert len(counted) == (5 if shutil.which("nvcc") else 2)
+    assert {key: count for key, count in counted.items() if count > INSTRUCTIONS[key]} == {}
 
 
 def test_import_touches_no_gpu_and_compiles_nothing() -> None:

@@ -119,7 +119,7 @@ if triton is not None:
         ONE_LEVEL: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_PRIOR: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program, one posterior row."""
-        HALF: tl.constexpr = posterior.dtype.element_ty != tl.float32
+        half: tl.constexpr = posterior.dtype.element_ty != tl.float32
         i = tl.program_id(0).to(tl.int64)
         token = tl.load(rows + i) if HAS_ROWS else i
         alpha = tl.load(alpha)
@@ -141,7 +141,7 @@ if triton is not None:
             mu = tl.load(posterior + c, mask=mask, other=0.0).to(tl.float32)
             s = _clamp(tl.load(posterior + width + c, mask=mask, other=0.0).to(tl.float32), bound)
             eps = _normals(seed, token, column, BLOCK)
-            sigma, variance = _spread(s, HALF)
+            sigma, variance = _spread(s, half)
             z = mu + sigma * eps
             tl.store(out + c, ((1.0 - alpha) * h + alpha * z).to(out.dtype.element_ty), mask=mask)
             if HAS_PRIOR:
@@ -163,7 +163,7 @@ if triton is not None:
         BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         """One program, one tile of columns of one block of posterior rows."""
-        HALF: tl.constexpr = posterior.dtype.element_ty != tl.float32
+        half: tl.constexpr = posterior.dtype.element_ty != tl.float32
         block = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK
         c = column + tl.arange(0, BLOCK)
@@ -194,11 +194,13 @@ if triton is not None:
             token = tl.load(rows + i) if HAS_ROWS else i
             k = tl.load(grad_kl + token) / width
             g_row = grad_out + _row_offset(token, grad_inner, grad_outer_stride, grad_inner_stride, ONE_LEVEL)
-            q_row = posterior + _row_offset(i, posterior_inner, posterior_outer_stride, posterior_inner_stride, ONE_LEVEL)
+            q_row = posterior + _row_offset(
+                i, posterior_inner, posterior_outer_stride, posterior_inner_stride, ONE_LEVEL
+            )
             g = tl.load(g_row + c, mask=mask, other=0.0).to(tl.float32)
             mu = tl.load(q_row + c, mask=mask, other=0.0).to(tl.float32)
             s = _clamp(tl.load(q_row + width + c, mask=mask, other=0.0).to(tl.float32), bound)
-            sigma, variance = _spread(s, HALF)
+            sigma, variance = _spread(s, half)
             dz = alpha * g
             ds = (0.5 * alpha) * g * (_normals(seed, token, column, BLOCK) * sigma)
             if HAS_PRIOR:
