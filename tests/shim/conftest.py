@@ -61,12 +61,13 @@ class Tree:
         self.path = path
         shutil.copytree(SHIM / "include", path / "include")
         shutil.copytree(ROOT / "csrc", path / "csrc")
-        shutil.copy(SHIM / "driver.cpp", path)
+        for name in ("driver.cpp", "block_sum.cu"):
+            shutil.copy(SHIM / name, path)
         for name, old, new in edits:
             text = (path / name).read_text()
             assert old in text
             (path / name).write_text(text.replace(old, new))
-        for file in (path / "csrc").rglob("*.*"):
+        for file in (path / "block_sum.cu", *(path / "csrc").rglob("*.*")):
             file.write_text(translate(file.read_text()))
 
     def link(self, output: str, sources: Sequence[str], flags: Sequence[str] = (), shared: bool = False) -> Path:
@@ -120,10 +121,10 @@ def case(cuda_on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Case:
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Callable[..., Path]:
-    """Builds driver.cpp with a sanitizer and planted mistakes."""
+    """Builds the kernels with driver.cpp, or another program, with a sanitizer and planted mistakes."""
 
-    def build(sanitizer: str = "", *edits: Edit) -> Path:
+    def build(sanitizer: str = "", *edits: Edit, sources: Sequence[str] = (*KERNELS, "driver.cpp")) -> Path:
         flags = ("-O0", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all") if sanitizer else ()
-        return Tree(tmp_path / "tree", edits).link("driver", (*KERNELS, "driver.cpp"), flags)
+        return Tree(tmp_path / "tree", edits).link("driver", sources, flags)
 
     return build
