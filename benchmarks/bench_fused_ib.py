@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from contenders import Contender, Inputs, Op, contenders, failure, make_inputs, unavailable
+from contenders import Contender, Inputs, Op, contenders, failure, make_inputs
 from report import Row, Timing, draw, machine, table
 from torch import Tensor
 
@@ -148,9 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     device = torch.device(options.device)
     results = {"machine": machine(device), "rows": options.rows, "width": options.width, "turns": options.turns}
-    results["not_timed"] = unavailable(device)
     rows: list[Row] = []
-    entrants = contenders(device, compiled=not options.smoke)
+    entrants, results["not_timed"] = contenders(device, compiled=not options.smoke)
     for dtype in (torch.float32, torch.bfloat16):
         for learnable in (False, True):
             rows += compare(entrants, make_inputs(options.rows, options.width, dtype, learnable, device), options.turns)

@@ -102,23 +102,26 @@ class Contender:
     backend: str | None = None
 
 
-def unavailable(device: torch.device) -> dict[str, str]:
-    """The backends of ours that ought to be timed on the device but do not work here, each with the reason."""
-    reasons = available_backends()
-    return {name: reason for name in BACKENDS[device.type] if (reason := reasons[name]) is not None}
-
-
-def contenders(device: torch.device, compiled: bool) -> list[Contender]:
-    """Everyone that can run on the device, eager first."""
-    listed = [Contender("eager", eager)]
+def contenders(device: torch.device, compiled: bool) -> tuple[list[Contender], dict[str, str]]:
+    """Everyone that can run on the device, eager first; and who ought to but cannot here, each with the reason."""
+    listed, missing = [Contender("eager", eager)], {}
     if device.type == "cuda":
         listed.append(Contender("eager, released", eager_as_released))
     if compiled:
-        listed.append(Contender("torch.compile", torch.compile(eager, dynamic=False)))
-    missing = unavailable(device)
-    return listed + [
-        Contender(f"fused_ib {name}", ours(name), name) for name in BACKENDS[device.type] if name not in missing
-    ]
+        contender = Contender("torch.compile", torch.compile(eager, dynamic=False))
+        try:
+            contender.op(*make_inputs(1, 8, torch.float32, False, device)[:3])
+            listed.append(contender)
+        except Exception as error:  # of many kinds: no C++ compiler, no Triton, ...
+            missing[contender.name] = " ".join(str(error).split())
+    reasons = available_backends()
+    for name in BACKENDS[device.type]:
+        contender = Contender(f"fused_ib {name}", ours(name), name)
+        if (reason := reasons[name]) is None:
+            listed.append(contender)
+        else:
+            missing[contender.name] = reason
+    return listed, missing
 
 
 def failure(backend: str, inputs: Inputs) -> str | None:

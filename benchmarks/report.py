@@ -118,7 +118,8 @@ def table(results: dict[str, Any]) -> str:
         timings = "".join(_timing(row[step], scale) for step in ("forward", "forward_backward"))
         lines.append(f"{row['contender']:<16}{timings}{_mib(row['kept_bytes']):>9}".rstrip())
     lines += ["", f"backend 'auto' chooses {facts['auto']!r} here"]
-    lines += [f"not timed: fused_ib {name}, {reason}" for name, reason in results["not_timed"].items()]
+    for name, reason in results["not_timed"].items():
+        lines.append(textwrap.shorten(f"not timed: {name}, {reason}", 80, placeholder=" ..."))
     return "\n".join(lines)
 
 
@@ -149,6 +150,39 @@ def _digits(value: float) -> str:
 
 def _mib(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.1f} MiB"
+
+
+def draw_scaling(results: dict[str, Any], along: dict[str, str], path: Path) -> None:
+    """Nanoseconds an element against elements; says so where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    facts = results["machine"]
+    where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads, {facts['instruction_set']}"
+    figure.suptitle(f"fused_ib {results['backend']}, fp32, on {where}", x=0.01, ha="left", fontsize=11, color=INK)
+    for panel, (key, name) in zip(figure.subplots(1, 2, sharey=True), along.items(), strict=True):
+        points = [point for point in results["results"] if point["along"] == key]
+        elements = [point["elements"] for point in points]
+        for step, style in (("forward", "-"), ("forward_backward", "--")):
+            for who, colour in (("fused_ib", OURS), ("copy", OTHERS)):
+                times = [point["nanoseconds"][f"{who} {step}"] for point in points]
+                label = f"{'copy of the bytes of ' if who == 'copy' else ''}{MEASURES[step]}"
+                panel.plot(elements, times, style, color=colour, marker="o", markersize=3, label=label)
+        panel.set_xscale("log", base=2)
+        panel.set_ylim(bottom=0)
+        panel.set_title(f"more {name}", loc="left", fontsize=10, color=INK)
+        panel.set_xlabel("elements", fontsize=9)
+        panel.grid(color="#e6e8ee", linewidth=0.8)
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0, labelsize=8.5, colors=INK)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel("ns an element", fontsize=9)
+    figure.savefig(path, dpi=160)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

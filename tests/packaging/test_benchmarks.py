@@ -86,3 +86,29 @@ def test_a_broken_kernel_has_no_speed(
     assert all(row["failure"] and row["forward"] is row["forward_backward"] is None for row in ours)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fused_ib cpu")]
     assert len(lines) == 4 and all("FAILED: " in line and "x  " not in line for line in lines)
+
+
+def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    module = importlib.import_module("bench_scaling")
+    arguments = ["--device", "cpu", "--powers", "12", "14", "--turns", "2", "--output", str(tmp_path)]
+    assert module.main(arguments) == 0
+    points = json.loads((tmp_path / "scaling.json").read_text())["results"]
+    assert [(p["along"], p["rows"], p["width"]) for p in points] == [
+        *(("rows", 2**i, 4096) for i in range(3)),
+        *(("width", 1024, 4 * 2**i) for i in range(3)),
+    ]
+    assert all(p["elements"] == p["rows"] * p["width"] and min(p["nanoseconds"].values()) > 0 for p in points)
+    assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 80
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.setattr(cpu, "forward", wrong_forward)
+    with pytest.raises(SystemExit, match="fused_ib cpu is wrong at 1 x 4096, so it is not timed"):
+        importlib.import_module("bench_scaling").main(
+            ["--device", "cpu", "--powers", "12", "12", "--output", str(tmp_path)]
+        )
+    assert not list(tmp_path.iterdir())
