@@ -4,6 +4,7 @@
 
 The contenders take turns, so that whatever else the machine does meets them all. A step is timed as a training loop
 pays for it, with the allocation and the release of all that it returns; the gradients that come in are there already.
+"kernel alone" writes to results that are there already, as the copy beneath it does: the same bytes, moved and no more.
 A kernel that fails its check is not timed, and the exit code is 1.
 """
 
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from contenders import Contender, Inputs, Op, contenders, failure, make_inputs
+from contenders import Contender, Inputs, Op, contenders, failure, kernel_alone, make_inputs
 from report import Row, Timing, draw, machine, table
 from torch import Tensor
 
@@ -108,6 +109,12 @@ def compare(entrants: Sequence[Contender], inputs: Inputs, turns: int) -> list[R
         for each in sound
         for step in (forward, forward_backward)
     }
+    floors = ["copy"]
+    if any(each.backend in ("cpu", "cuda") for each in sound):
+        floors = ["kernel alone", "copy"]
+        run_forward, run_backward = kernel_alone(inputs)
+        steps["kernel alone", "forward"] = run_forward
+        steps["kernel alone", "forward_backward"] = lambda: (run_forward(), run_backward())
     steps |= {("copy", name): step for name, step in copy_steps(inputs)}
     times = take_turns(steps, inputs.hidden.device, turns)
 
@@ -116,7 +123,7 @@ def compare(entrants: Sequence[Contender], inputs: Inputs, turns: int) -> list[R
             return None
         p20, _, _, p80 = statistics.quantiles(times[name, step], n=5, method="inclusive")
         median, eager = statistics.median(times[name, step]), statistics.median(times["eager", step])
-        return Timing(median, p20, p80, turns, None if name == "copy" else eager / median)
+        return Timing(median, p20, p80, turns, None if name in floors else eager / median)
 
     kept = {each.name: kept_bytes(each.op, inputs) for each in sound}
     return [
@@ -129,7 +136,7 @@ def compare(entrants: Sequence[Contender], inputs: Inputs, turns: int) -> list[R
             forward=timing(name, "forward"),
             forward_backward=timing(name, "forward_backward"),
         )
-        for name in (*failures, "copy")
+        for name in (*failures, *floors)
     ]
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from vittle_kernels import available_backends, fused_ib, noise
+from vittle_kernels.backends import native
+from vittle_kernels.backends.problem import Problem
 from vittle_kernels.functional import LOGVAR_BOUND
 
 Op = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -91,6 +93,22 @@ def eager_as_released(hidden: Tensor, posterior: Tensor, prior: Tensor | None) -
 def ours(backend: str) -> Op:
     """The public call."""
     return lambda hidden, posterior, prior: fused_ib(hidden, posterior, ALPHA, prior=prior, backend=backend)
+
+
+def kernel_alone(inputs: Inputs) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The compiled forward and backward kernels, on results that are there already."""
+    hidden, posterior, prior, grad_out, grad_kl = (each if each is None else each.detach() for each in inputs)
+    alpha, seed = hidden.new_tensor(ALPHA, dtype=torch.float32), hidden.new_tensor([SEED], dtype=torch.int64)
+    problem = Problem(posterior, alpha, prior if prior is None else prior.float(), None, None, seed, LOGVAR_BOUND)
+    out, kl, grad_hidden = torch.zeros_like(hidden), torch.zeros_like(grad_kl, dtype=torch.float32), hidden.clone()
+    grad_posterior, grad_kl, partials, grad_prior = posterior.clone(), grad_kl.float(), None, None
+    if prior is not None:
+        blocks = native.library().max_row_blocks(problem.tokens, 1)
+        partials, grad_prior = prior.new_zeros((blocks, len(prior)), dtype=torch.float32), prior.float()
+    return (
+        lambda: native.forward_into(problem, hidden, out, kl),
+        lambda: native.backward_into(problem, grad_out, grad_kl, grad_hidden, grad_posterior, partials, grad_prior),
+    )
 
 
 @dataclass(frozen=True)

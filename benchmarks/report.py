@@ -222,8 +222,10 @@ def _draw_panel(panel: Any, measure: str, problems: dict[str, list[dict[str, Any
         for row in rows:
             y += 1
             names[y] = row["contender"]
+            if row[measure] is None:  # the kernel alone keeps nothing
+                continue
             low, value, high, label = _bar(row[measure], scale)
-            is_ours = row["contender"].startswith("fused_ib")
+            is_ours = row["contender"].startswith(("fused_ib", "kernel"))
             panel.barh(y, value, 0.72, color=OURS if is_ours else OTHERS)
             panel.hlines(y, low, high, color=INK, linewidth=0.8)
             panel.annotate(
@@ -247,5 +249,5 @@ def _bar(measured: Any, scale: float) -> tuple[float, float, float, str]:
     if isinstance(measured, int):
         return scale * measured, scale * measured, scale * measured, f"{scale * measured:.0f}"
     low, value, high = (scale * measured[name] for name in ("p20_ms", "median_ms", "p80_ms"))
-    is_eager = measured["speedup"] == 1
-    return low, value, high, _digits(value) if is_eager else f"{_digits(value)}   {measured['speedup']:.1f}x"
+    is_compared = measured["speedup"] not in (1, None)
+    return low, value, high, _digits(value) + (f"   {measured['speedup']:.1f}x" if is_compared else "")

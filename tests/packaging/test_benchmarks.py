@@ -38,10 +38,13 @@ def test_report(bench: Callable[[], Any], capsys: pytest.CaptureFixture[str], tm
     assert {"cpu", "cores", "threads", "instruction_set", "torch", "commit"} <= saved["machine"].keys()
     problems = {(row["dtype"], row["prior"]) for row in saved["results"]}
     assert len(problems) == 4
-    assert [row["contender"] for row in saved["results"]] == ["eager", "fused_ib cpu", "copy"] * len(problems)
-    for eager, ours, copy in zip(*(saved["results"][i::3] for i in range(3)), strict=True):
+    assert [row["contender"] for row in saved["results"]] == [*("eager", "fused_ib cpu", "kernel alone", "copy")] * len(
+        problems
+    )
+    for eager, ours, alone, copy in zip(*(saved["results"][i::4] for i in range(4)), strict=True):
         for step in ("forward", "forward_backward"):
-            assert eager[step]["speedup"] == 1 and copy[step]["speedup"] is None
+            assert eager[step]["speedup"] == 1 and alone[step]["speedup"] is copy[step]["speedup"] is None
+            assert alone[step]["median_ms"] > 0
             assert ours[step]["speedup"] == pytest.approx(eager[step]["median_ms"] / ours[step]["median_ms"])
             assert ours[step]["p20_ms"] <= ours[step]["median_ms"] <= ours[step]["p80_ms"]
         posterior = saved["rows"] * 2 * saved["width"] * getattr(torch, ours["dtype"]).itemsize

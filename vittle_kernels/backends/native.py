@@ -43,8 +43,13 @@ def forward(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Returns ``out`` like ``hidden`` and ``kl`` (...) in fp32, both in token order."""
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     kl = torch.empty(hidden.shape[:-1], dtype=torch.float32, device=hidden.device)
-    if problem.tokens == 0:
-        return out, kl
+    if problem.tokens > 0:
+        forward_into(problem, hidden, out, kl)
+    return out, kl
+
+
+def forward_into(problem: Problem, hidden: Tensor, out: Tensor, kl: Tensor) -> None:
+    """The kernel alone, on contiguous results that are there already."""
     hidden_rows, posterior_rows, prior = (
         row_layout(hidden),
         row_layout(problem.posterior),
@@ -57,7 +62,6 @@ def forward(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
         out.data_ptr(),
         kl.data_ptr(),
     )
-    return out, kl
 
 
 def backward(
@@ -74,26 +78,39 @@ def backward(
         partials = torch.empty((blocks, columns), dtype=torch.float32, device=device)
         grad_prior = torch.empty((problem.groups, columns), dtype=torch.float32, device=device)
     if problem.tokens > 0 or grad_prior is not None:
-        grad_rows, posterior_rows, prior = (
-            row_layout(grad_out),
-            row_layout(posterior),
-            prior_rows(problem.prior),
-        )
         grad_kl = grad_kl.to(torch.float32).contiguous()
-        _native.backward(
-            target(device),
-            *_shared(problem, grad_out.dtype, posterior_rows, prior),
-            _layout(grad_rows),
-            grad_kl.data_ptr(),
-            _address(grad_hidden),
-            grad_posterior.data_ptr(),
-            _address(partials),
-            _address(grad_prior),
-        )
+        backward_into(problem, grad_out, grad_kl, grad_hidden, grad_posterior, partials, grad_prior)
     if grad_prior is not None:
         assert problem.prior is not None
         grad_prior = grad_prior.to(problem.prior.dtype).view(problem.prior.shape)
     return grad_hidden, grad_posterior, grad_prior
+
+
+def backward_into(
+    problem: Problem,
+    grad_out: Tensor,
+    grad_kl: Tensor,
+    grad_hidden: Tensor | None,
+    grad_posterior: Tensor,
+    partials: Tensor | None,
+    grad_prior: Tensor | None,
+) -> None:
+    """The kernel alone, on contiguous fp32 ``grad_kl`` and contiguous results that are there already."""
+    grad_rows, posterior_rows, prior = (
+        row_layout(grad_out),
+        row_layout(problem.posterior),
+        prior_rows(problem.prior),
+    )
+    _native.backward(
+        target(grad_out.device),
+        *_shared(problem, grad_out.dtype, posterior_rows, prior),
+        _layout(grad_rows),
+        grad_kl.data_ptr(),
+        _address(grad_hidden),
+        grad_posterior.data_ptr(),
+        _address(partials),
+        _address(grad_prior),
+    )
 
 
 def _shared(problem: Problem, hidden_dtype: torch.dtype, posterior: RowLayout, prior: Tensor | None) -> tuple[Any, ...]:
