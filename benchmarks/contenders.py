@@ -104,7 +104,7 @@ def kernel_alone(inputs: Inputs) -> tuple[Callable[[], None], Callable[[], None]
     grad_posterior, grad_kl, partials, grad_prior = posterior.clone(), grad_kl.float(), None, None
     if prior is not None:
         blocks = native.library().max_row_blocks(problem.tokens, 1)
-        partials, grad_prior = prior.new_zeros((blocks, len(prior)), dtype=torch.float32), prior.float()
+        partials, grad_prior = (prior.new_zeros((n, len(prior)), dtype=torch.float32) for n in (blocks, 1))
     return (
         lambda: native.forward_into(problem, hidden, out, kl),
         lambda: native.backward_into(problem, grad_out, grad_kl, grad_hidden, grad_posterior, partials, grad_prior),

@@ -84,7 +84,7 @@ class Cost:
             if each.opcode == "LDG":
                 loads += 1
                 arriving.update(range(registers[0], registers[0] + max(1, each.width // 4)))
-            elif arriving.intersection(registers[1:] if each.opcode != "STG" else registers):
+            elif arriving.intersection(registers[1:] if each.operands.startswith("R") else registers):
                 break
         return loads
 
@@ -144,12 +144,12 @@ def _hot_loop(lines: list[str]) -> tuple[Instruction, ...]:
 
 def _demangle(name: str) -> str:
     if shutil.which("c++filt") is None:
-        return name
+        raise SystemExit("static costs need c++filt, which binutils has")
     return subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _run(tool: str, *arguments: str) -> str:
-    """NVIDIA's disassemblers come with triton, and with the toolkit."""
+    """NVIDIA's disassemblers come with triton."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool

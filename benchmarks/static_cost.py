@@ -4,7 +4,7 @@
 
 The first table has what a thread's hot loop executes and accesses for an element (benchmarks/sass.py says how that is
 counted; a learnable prior's bytes come from a cache). The second has, for each GPU, the time of an element on each of
-its pipes over the time that memory needs: a kernel whose shares all stay below 100 % waits for memory alone.
+its pipes over the time that memory needs, all at peak rates: above 100 %, a kernel cannot keep its memory busy.
 """
 
 from __future__ import annotations

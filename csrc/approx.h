@@ -71,7 +71,8 @@ VITTLE_FN float power_of_two(float x) {
 #endif
 
 // e^x. Host: relative error at most 2 ulp, overflow to infinity and gradual underflow as expf has them.
-// GPU: ex2.approx of the rounded product, to |x| ulp; kCorrected, by what rounding lost, to 2. What would underflow is 0.
+// GPU: ex2.approx of the rounded product, within |x| ulp; kCorrected, by what rounding lost, within 3. What would
+// underflow is 0.
 template <bool kCorrected = true>
 VITTLE_FN float exponential(float x) {
 #if defined(__CUDA_ARCH__)

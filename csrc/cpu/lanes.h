@@ -9,6 +9,7 @@
 #endif
 
 namespace vittle::cpu {
+namespace {  // each instruction set's own
 
 #if defined(__AVX2__)
 
@@ -64,4 +65,5 @@ VITTLE_FN void store(Lanes word, uint32_t* target) { *target = word; }
 
 #endif
 
+}  // namespace
 }  // namespace vittle::cpu

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) backward_prior_kernel(const Backward
   for (int64_t i = block.begin; i < block.end; ++i) {
     backward_columns<true, kAligned>(backward_row<H, P>(b, i, per_column), column, width, keys, mix, b.bound, prior);
   }
-  float* partial = b.partials + blockIdx.x * 2 * b.width;
+  float* partial = b.partials + static_cast<int64_t>(blockIdx.x) * 2 * b.width;
   store<kAligned>(partial, column, width, prior.grad_mean);
   store<kAligned>(partial + width, column, width, prior.grad_logvar);
 }
@@ -116,11 +116,12 @@ __global__ void __launch_bounds__(kThreads) sum_partials_kernel(const Backward b
 }  // namespace
 
 void backward(const Backward& b, Launch launch) {
+  check_width(b);
   const DeviceGuard guard(launch.device);
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const bool aligned = is_aligned(b) && is_aligned(b.grad_out, b.hidden_type) && is_aligned(b.grad_hidden) &&
                        is_aligned(b.grad_posterior) && is_aligned(b.partials);
-  const dim3 row_blocks(blocks_for(max_row_blocks(b), 1), blocks_for(b.width, kTile));
+  const dim3 row_blocks(blocks_for(max_row_blocks(b), 1), blocks_for(b.width, kTile, kMaxGridY));
   const dim3 rows(blocks_for(b.tokens, kWarps));
   with_types(b, [&](auto h, auto q) {
     with_flag(aligned, [&](auto is_fast) {
@@ -133,7 +134,7 @@ void backward(const Backward& b, Launch launch) {
   });
   check(cudaGetLastError());
   if (b.prior) {
-    const dim3 columns(blocks_for(2 * b.width, kThreads), blocks_for(b.groups, 1));
+    const dim3 columns(blocks_for(2 * b.width, kThreads), blocks_for(b.groups, 1, kMaxGridY));
     sum_partials_kernel<<<columns, kThreads, 0, stream>>>(b);
     check(cudaGetLastError());
   }

@@ -41,13 +41,15 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward f) {
       unpack(load<kAligned>(prior_mean, column, width), m);
       unpack(load<kAligned>(prior_logvar, column, width), v);
     }
+    float turn = 0.0f;  // a sum of sums errs less
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       const ForwardElement e =
           forward_element<P, kLearnedPrior>(h[j], mu[j], s[j], eps[j], mix, f.bound, m[j], v[j]);
       z[j] = e.out;
-      if (kAligned || column + j < width) twice_kl += e.twice_kl;
+      if (kAligned || column + j < width) turn += e.twice_kl;
     }
+    twice_kl += turn;
     store<kAligned>(out, column, width, z);
   }
   twice_kl = warp_sum(twice_kl);
@@ -58,6 +60,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward f) {
 
 void forward(const Forward& f, Launch launch) {
   if (f.tokens == 0) return;
+  check_width(f);
   const DeviceGuard guard(launch.device);
   const unsigned blocks = blocks_for(f.tokens, kWarps);
   const bool aligned = is_aligned(f) && is_aligned(f.hidden, f.hidden_type) && is_aligned(f.out);

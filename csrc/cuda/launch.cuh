@@ -39,11 +39,19 @@ class DeviceGuard {
   int device_, previous_ = 0;
 };
 
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+constexpr int64_t kMaxGridY = 65535;
+
 // As many blocks as cover `count` things, `per_block` at a time.
-inline unsigned blocks_for(int64_t count, int64_t per_block) {
+inline unsigned blocks_for(int64_t count, int64_t per_block, int64_t limit = kMaxInt) {
   const int64_t blocks = (count + per_block - 1) / per_block;
-  if (blocks > std::numeric_limits<int>::max()) throw std::invalid_argument("more rows than a CUDA grid has blocks for");
+  if (blocks > limit) throw std::invalid_argument("more rows, columns or groups than a CUDA grid has blocks for");
   return static_cast<unsigned>(blocks);
+}
+
+// Columns are counted in int, a turn of a warp past the last one included.
+inline void check_width(const Problem& p) {
+  if (p.width > kMaxInt - kWarp * kVector) throw std::invalid_argument("rows are too wide for the CUDA kernels");
 }
 
 // Keeps a value in its register: left alone, the compiler computes it anew in every turn of a loop.

@@ -16,8 +16,7 @@ template <typename F>
 void for_each(int64_t count, Launch launch, F f) {
   if (count == 0) return;
   const DeviceGuard guard(launch.device);
-  const unsigned blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
-  for_each_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(count, f);
+  for_each_kernel<<<blocks_for(count, kThreads), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(count, f);
   check(cudaGetLastError());
 }
 

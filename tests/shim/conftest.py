@@ -49,6 +49,7 @@ def translate(source: str) -> str:
         instruction, result, operands = match.groups()
         return f"{result} = shim::ptx::{instruction.replace('.', '_')}({operands});".replace('"f"', "")
 
+    source = re.sub(r'asm volatile\(""[^;]*;', "", source)  # keeps a register, and is of PTX
     return PTX.sub(call, LAUNCH.sub(r"shim::launch(\3,\2 [&] { \1(\4); });", source))
 
 

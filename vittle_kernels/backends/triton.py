@@ -40,8 +40,8 @@ def why_unavailable(device: torch.device | None) -> str | None:
 
 
 if triton is not None:
-    # The interpreter knows no approximate functions, and the compiler's own log2 and exp are not them.
-    _APPROXIMATE: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
+    # The compiler's own log2 and exp cost more; the interpreter and ROCm know these only.
+    _APPROXIMATE: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 
     @triton.jit
     def _log2(x):
