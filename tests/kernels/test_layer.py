@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import Bounded
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from vittle_kernels import FusedIB, FusedIBOutput, noise
+from vittle_kernels import FusedIB, FusedIBOutput, functional, noise
 from vittle_kernels.grouped import grouped_linear
 from vittle_kernels.layer import TEXT, VISION, modality_order
 
@@ -246,3 +249,55 @@ def test_bad_masks(message: str, arguments: object) -> None:
 def test_bad_options(message: str, options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=message):
         FusedIB(**options)
+
+
+class WideTensors(TorchDispatchMode):
+    """Notes each operator and the storages of at least ``size`` elements that it makes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.operators, self.made, self.tensors = size, list[str](), dict[int, int](), list[Tensor]()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        results = operator(*args, **(kwargs or {}))
+        self.operators.append(str(operator))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor) and tensor.numel() >= self.size:
+                self.tensors.append(tensor)  # alive, so that no other takes its address
+                address = tensor.untyped_storage().data_ptr()
+                if address not in given:
+                    self.made[address] = tensor.numel()
+        return results
+
+
+@pytest.mark.parametrize("prior", ["fixed", "learnable"])
+def test_one_pass(prior: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call in training makes and keeps: one gathered copy, the heads' three results, the op's one; no more."""
+    monkeypatch.setattr(functional, "_check_rows", lambda hidden, rows: None)  # reads CPU tensors only
+    layer = make_layer(prior).to(torch.bfloat16)
+    hidden, vision, text_kl = make_batch()
+    hidden = hidden.to(torch.bfloat16).requires_grad_()
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        return kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+    size = hidden.numel()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+        WideTensors(size) as wide,
+    ):
+        layer(hidden, vision, text_kl)
+    weights = {layer.weight_in.numel(), layer.weight_out.numel()}  # autocast makes bf16 copies of these
+    assert sorted(made for made in wide.made.values() if made not in weights) == [*(4 * [size]), 2 * size]
+    # No copy by concatenation or mask, and nothing that a host would wait for.
+    assert not {"cat", "_local_scalar_dense", "nonzero", "masked_select"} & {
+        name.split(".")[1] for name in wide.operators
+    }
+
+    parameters = {parameter.numel() for parameter in layer.parameters()}
+    wide_kept = sorted(tensor.numel() for tensor in kept.values() if tensor.numel() not in parameters)
+    assert [count for count in wide_kept if count >= size] == [*(3 * [size]), 2 * size]
+    assert sum(count for count in wide_kept if count < size) <= 16 * vision.numel()
