@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import IMAGE_TOKEN, LAYERS, WIDTH, make_batch, tiny_llava
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import Trainer, TrainingArguments
 
 from vittle import (
@@ -100,15 +101,25 @@ def test_without_an_instruction_mask_the_unlabelled_text_counts() -> None:
     assert not torch.equal(model(**plain(batch)).loss, model(**batch).loss)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+def keep_products() -> Any:
+    """Selective checkpointing: matrix products are kept, everything else is computed again."""
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_reentrant": False}, {"use_reentrant": True}, {"use_reentrant": False, "context_fn": keep_products}],
+    ids=["full", "reentrant", "selective"],
+)
+@pytest.mark.parametrize("preserve", [False, True])
+def test_gradient_checkpointing_changes_nothing(options: dict[str, Any], preserve: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
         model, batch = tiny_llava().train(), make_batch()
         torch.manual_seed(1)
         bottleneck = attach_bottleneck(model)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant, "preserve_rng_state": False})
+            model.gradient_checkpointing_enable(options | {"preserve_rng_state": preserve})
         calls: list[int] = []
         bottleneck.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(2)
