@@ -64,16 +64,18 @@ struct GroupRows {
   int64_t first_block, end_block;  // the blocks they are cut into
 };
 
-// Offsets on a device are not read before the launch: whatever they hold, no row outside [0, N) is touched.
+// The group after `last`. Offsets on a device are not read before the launch: whatever they hold, no row outside [0, N)
+// is touched.
+VITTLE_FN GroupRows next_group(const Problem& p, const GroupRows& last, int64_t group) {
+  const int64_t begin = last.end, first_block = last.end_block;
+  const int64_t offset = group + 1 < p.groups ? p.offsets[group] : p.tokens;
+  const int64_t end = offset < begin ? begin : (offset > p.tokens ? p.tokens : offset);
+  return {begin, end, first_block, first_block + (end - begin + kRowsPerBlock - 1) / kRowsPerBlock};
+}
+
 VITTLE_FN GroupRows group_rows(const Problem& p, int64_t group) {
   GroupRows rows = {0, 0, 0, 0};
-  for (int64_t g = 0; g <= group; ++g) {
-    rows.begin = rows.end;
-    rows.first_block = rows.end_block;
-    const int64_t end = g + 1 < p.groups ? p.offsets[g] : p.tokens;
-    rows.end = end < rows.begin ? rows.begin : (end > p.tokens ? p.tokens : end);
-    rows.end_block += (rows.end - rows.begin + kRowsPerBlock - 1) / kRowsPerBlock;
-  }
+  for (int64_t g = 0; g <= group; ++g) rows = next_group(p, rows, g);
   return rows;
 }
 
@@ -82,8 +84,9 @@ struct RowBlock {
 };
 
 VITTLE_FN RowBlock row_block(const Problem& p, int64_t block) {
+  GroupRows rows = {0, 0, 0, 0};
   for (int64_t group = 0; group < p.groups; ++group) {
-    const GroupRows rows = group_rows(p, group);
+    rows = next_group(p, rows, group);
     if (block >= rows.end_block) continue;
     const int64_t begin = rows.begin + (block - rows.first_block) * kRowsPerBlock;
     return {group, begin, begin + kRowsPerBlock < rows.end ? begin + kRowsPerBlock : rows.end};
