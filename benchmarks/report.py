@@ -124,9 +124,11 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _title(results: dict[str, Any]) -> str:
-    facts = results["machine"]
-    where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads, {facts['instruction_set']}"
-    return f"fused_ib, {results['rows']} x {results['width']}, on {where}"
+    return f"fused_ib, {results['rows']} x {results['width']}, on {_where(results['machine'])}"
+
+
+def _where(facts: dict[str, Any]) -> str:
+    return facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads, {facts['instruction_set']}"
 
 
 def _unit(results: dict[str, Any]) -> tuple[str, float]:
@@ -162,9 +164,8 @@ def draw_scaling(results: dict[str, Any], along: dict[str, str], path: Path) -> 
         return
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    facts = results["machine"]
-    where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads, {facts['instruction_set']}"
-    figure.suptitle(f"fused_ib {results['backend']}, fp32, on {where}", x=0.01, ha="left", fontsize=11, color=INK)
+    title = f"fused_ib {results['backend']}, fp32, on {_where(results['machine'])}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     for panel, (key, name) in zip(figure.subplots(1, 2, sharey=True), along.items(), strict=True):
         points = [point for point in results["results"] if point["along"] == key]
         elements = [point["elements"] for point in points]

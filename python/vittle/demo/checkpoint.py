@@ -2,9 +2,9 @@
 
     python -m vittle.demo.checkpoint
 
-Two stages, each on freshly drawn training scenes. The vision tower, the projector and the words'
-embedding first learn to make of every patch the word for what its cell holds; the whole model then learns to
-write the captions of scenes, their sentences in any order and wording. It sees no question and no held-out scan.
+Two stages, each on freshly drawn training scenes. The vision tower, the projector and the words' embedding first
+learn to make of every patch the word for what its cell holds; the whole model then learns to write the captions of
+scenes, their sentences in any order and wording. It sees no question and no held-out scan.
 
 Takes about 10 minutes on two cores. To be expected on held-out scans: 95 to 98 % of the digits' patches read, at
 least 97 % of cells told and 95 % of digits placed or missed (seed 0: 96.8 %, 98.9 %, 97.8 %).
