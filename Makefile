@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find c
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo demo-checkpoint test test-slow bench lint clean
+.PHONY: help setup demo demo-checkpoint test test-slow bench gpu-check lint clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ test-slow: setup  ## what is too slow for every change
 bench: setup  ## the microbenchmarks, for this machine
 	$(BIN)/python benchmarks/bench_fused_ib.py --output runs/bench
 	$(BIN)/python benchmarks/bench_scaling.py --output runs/bench
+
+STAGE ?= build
+gpu-check:  ## STAGE=build|test|sanitize|op|layer|step on a GPU machine, with the packages of PYTHON
+	$(PYTHON) benchmarks/gpu_check.py $(STAGE) --output benchmarks/results
 
 clean:  ## remove the environment, builds and runs
 	rm -rf $(VENV) build runs *.egg-info vittle_kernels/*.so .pytest_cache .mypy_cache .ruff_cache

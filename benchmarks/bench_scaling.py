@@ -11,14 +11,15 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_fused_ib import copy_steps, forward, forward_backward, take_turns
+from bench_fused_ib import copy_steps, forward, forward_backward
 from contenders import BACKENDS, failure, make_inputs, ours
-from report import draw_scaling, machine
+from records import machine
+from report import draw_scaling
+from timing import take_turns
 
 ALONG = {"rows": "rows of 4096", "width": "columns of 1024 rows"}
 
@@ -34,12 +35,12 @@ def measure(along: str, elements: int, backend: str, device: torch.device, turns
     inputs = make_inputs(rows, width, torch.float32, False, device)
     if problem := failure(backend, inputs):
         raise SystemExit(f"fused_ib {backend} is wrong at {rows} x {width}, so it is not timed: {problem}")
-    steps: dict[tuple[str, str], Any] = {
-        ("fused_ib", step.__name__): partial(step, ours(backend), inputs) for step in (forward, forward_backward)
-    }
-    steps |= {("copy", name): step for name, step in copy_steps(inputs)}
+    makers = (forward, forward_backward)
+    steps = {("fused_ib", make.__name__): make(ours(backend), inputs) for make in makers}
+    copies = dict(copy_steps(inputs))
+    steps |= {("copy", make.__name__): copies[make.__name__] for make in makers}
     times = take_turns(steps, device, turns)
-    nanoseconds = {f"{who} {step}": 1e6 * statistics.median(each) / elements for (who, step), each in times.items()}
+    nanoseconds = {f"{who} {step}": 1e9 * statistics.median(each) / elements for (who, step), each in times.items()}
     return {"along": along, "rows": rows, "width": width, "elements": elements, "nanoseconds": nanoseconds}
 
 

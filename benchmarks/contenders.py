@@ -71,12 +71,13 @@ def eager(
     posterior: Tensor,
     prior: Tensor | None,
     draw: Callable[[Tensor], Tensor] = torch.randn_like,
+    alpha: float = ALPHA,
 ) -> tuple[Tensor, Tensor]:
     """The bottleneck as people write it: each operator is a pass over memory, and autograd keeps what it needs."""
     mu, logvar = posterior.chunk(2, -1)
     logvar = logvar.clamp(-LOGVAR_BOUND, LOGVAR_BOUND)
     z = mu + torch.exp(0.5 * logvar) * draw(mu)
-    out = (1 - ALPHA) * hidden + ALPHA * z
+    out = (1 - alpha) * hidden + alpha * z
     if prior is None:
         kl = 0.5 * (logvar.exp() + mu**2 - 1 - logvar)
     else:
@@ -86,8 +87,13 @@ def eager(
 
 
 def eager_as_released(hidden: Tensor, posterior: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The released Vittle code draws the noise on the host."""
-    return eager(hidden, posterior, prior, lambda mu: torch.randn(mu.shape).to(mu.device, mu.dtype))
+    """The released Vittle code's way to the noise."""
+    return eager(hidden, posterior, prior, drawn_on_the_host)
+
+
+def drawn_on_the_host(mu: Tensor) -> Tensor:
+    """Normals like mu, that the CPU draws."""
+    return torch.randn(mu.shape).to(mu.device, mu.dtype)
 
 
 def ours(backend: str) -> Op:
@@ -113,11 +119,19 @@ def kernel_alone(inputs: Inputs) -> tuple[Callable[[], None], Callable[[], None]
 
 @dataclass(frozen=True)
 class Contender:
-    """An implementation; ``backend`` names ours."""
+    """An implementation; ``backend`` names ours, ``takes_prior`` says whether a learnable prior is served."""
 
     name: str
     op: Op
     backend: str | None = None
+    takes_prior: bool = True
+
+
+def stored_noise(hidden: Tensor, posterior: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A plain Triton kernel."""
+    from stored_noise import stored_noise as op
+
+    return op(hidden, posterior, ALPHA, LOGVAR_BOUND)
 
 
 def contenders(device: torch.device, compiled: bool) -> tuple[list[Contender], dict[str, str]]:
@@ -125,6 +139,7 @@ def contenders(device: torch.device, compiled: bool) -> tuple[list[Contender], d
     listed, missing = [Contender("eager", eager)], {}
     if device.type == "cuda":
         listed.append(Contender("eager, released", eager_as_released))
+        listed.append(Contender("triton, eps kept", stored_noise, takes_prior=False))
     if compiled:
         contender = Contender("torch.compile", torch.compile(eager, dynamic=False))
         try:

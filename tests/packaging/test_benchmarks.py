@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,27 +36,36 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], tuple
 
 def test_report(bench: Callable[[], Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, saved = bench()
-    assert code == 0
-    assert {"cpu", "cores", "threads", "instruction_set", "torch", "commit"} <= saved["machine"].keys()
-    problems = {(row["dtype"], row["prior"]) for row in saved["results"]}
-    assert len(problems) == 4
-    assert [row["contender"] for row in saved["results"]] == [*("eager", "fused_ib cpu", "kernel alone", "copy")] * len(
-        problems
-    )
-    for eager, ours, alone, copy in zip(*(saved["results"][i::4] for i in range(4)), strict=True):
-        for step in ("forward", "forward_backward"):
-            assert eager[step]["speedup"] == 1 and alone[step]["speedup"] is copy[step]["speedup"] is None
-            assert alone[step]["median_ms"] > 0
-            assert ours[step]["speedup"] == pytest.approx(eager[step]["median_ms"] / ours[step]["median_ms"])
-            assert ours[step]["p20_ms"] <= ours[step]["median_ms"] <= ours[step]["p80_ms"]
-        posterior = saved["rows"] * 2 * saved["width"] * getattr(torch, ours["dtype"]).itemsize
-        assert posterior <= ours["kept_bytes"] < 1.1 * posterior < eager["kept_bytes"]
+    assert code == 0 and saved["failures"] == []
+    assert {"cpu", "cores", "threads", "instruction_set", "torch", "commit"} <= saved["machine_info"].keys()
+    groups = {entry["group"] for entry in saved["benchmarks"]}
+    assert len(groups) == 8  # two dtypes, two priors, two steps
+    for group in groups:
+        entries = {e["params"]["contender"]: e for e in saved["benchmarks"] if e["group"] == group}
+        assert list(entries) == ["eager", "fused_ib cpu", "kernel alone", "copy"]
+        for entry in entries.values():
+            stats = entry["stats"]
+            assert 0 < stats["min"] <= stats["q1"] <= stats["median"] <= stats["q3"] <= stats["max"]
+            assert stats["rounds"] == 3 and entry["extra_info"]["machine"]["commit"] == saved["machine_info"]["commit"]
+        params = entries["eager"]["params"]
+        posterior = params["rows"] * 2 * params["width"] * getattr(torch, params["dtype"]).itemsize
+        kept = {name: entry["extra_info"].get("kept_bytes") for name, entry in entries.items()}
+        assert posterior <= kept["fused_ib cpu"] < 1.1 * posterior < kept["eager"]
+        assert kept["copy"] is kept["kernel alone"] is None
 
     table = capsys.readouterr().out
     assert max(map(len, table.splitlines())) <= 80
-    assert table.count("fused_ib cpu") == len(problems) and "FAILED" not in table
+    assert table.count("fused_ib cpu") == 4 and "FAILED" not in table
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pytest_benchmark_reads_the_report(bench: Callable[[], Any], tmp_path: Path) -> None:
+    bench()
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(tmp_path / "results.json")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "benchmark 'op-float32-32-256-fixed-forward': 4 tests" in result.stdout
+    assert "fused_ib cpu[op-float32-32-256-fixed-forward]" in result.stdout and "WARNING" not in result.stderr
 
 
 def wrong_forward(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +96,8 @@ def test_a_broken_kernel_has_no_speed(
     monkeypatch.setattr(cpu, name, broken)
     code, saved = bench()
     assert code == 1
-    ours = [row for row in saved["results"] if row["contender"] == "fused_ib cpu"]
-    assert all(row["failure"] and row["forward"] is row["forward_backward"] is None for row in ours)
+    assert [each["params"]["contender"] for each in saved["failures"]] == 4 * ["fused_ib cpu"]
+    assert {each["params"]["contender"] for each in saved["benchmarks"]} == {"eager", "copy"}
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fused_ib cpu")]
     assert len(lines) == 4 and all("FAILED: " in line and "x  " not in line for line in lines)
 
