@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from support import Case, make_inputs, run_op
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vittle_kernels import FusedIBFunction, available_backends, fused_ib
@@ -183,3 +184,30 @@ def test_available_backends_says_why_not() -> None:
     assert list(reasons) == ["eager", "cpu", "triton", "cuda"]
     assert reasons["eager"] is None
     assert all(reason is None or (reason and "\n" not in reason) for reason in reasons.values())
+
+
+def test_out_of_memory_leaves_everything_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call is what it would have been."""
+    if available_backends()["cpu"]:
+        pytest.skip("the C++ library is not built")
+    inputs = make_inputs(6, 40)
+    hidden, posterior = inputs.hidden.requires_grad_(), inputs.posterior.detach().requires_grad_()
+    expected = fused_ib(hidden, posterior, 0.5, seed=1, backend="cpu")
+    empty, asked = torch.empty, []
+
+    def exhausted(*args: Any, **kwargs: Any) -> Tensor:
+        asked.append(args)
+        if len(asked) == failing:
+            raise torch.OutOfMemoryError("out of memory")
+        return empty(*args, **kwargs)
+
+    for failing in (1, 2, 3, 4):  # out, kl, grad_hidden, grad_posterior
+        asked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", exhausted)
+            with pytest.raises(torch.OutOfMemoryError):
+                out, kl = fused_ib(hidden, posterior, 0.5, seed=1, backend="cpu")
+                (out.sum() + kl.sum()).backward()
+        assert hidden.grad is posterior.grad is None
+        found = fused_ib(hidden, posterior, 0.5, seed=1, backend="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

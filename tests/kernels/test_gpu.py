@@ -84,6 +84,27 @@ def test_no_host_sync(backend: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_out_of_memory_leaves_the_generator_and_the_layer_usable(backend: str) -> None:
+    layer = FusedIB(256, backend=backend).cuda()
+    hidden = torch.randn(8, 256, device="cuda")
+    torch.manual_seed(3)
+    expected = layer(hidden).hidden_states
+    free = torch.cuda.mem_get_info()[0]
+    torch.cuda.set_per_process_memory_fraction(0.01)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            layer(hidden.expand(free // 1024, 8, 256))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.manual_seed(3)
+    assert torch.equal(layer(hidden).hidden_states, expected)
+
+
+def test_this_gpu_is_served() -> None:
+    """By machine code of its own architecture, by its major version's (86 and 89 by 80), or by PTX (120 by 100)."""
+    assert available_backends()["cuda"] is None or "built without CUDA" in available_backends()["cuda"]
+
+
 def test_a_bad_row_is_caught_on_the_device() -> None:
     code = """
 import torch

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ from test_op import (  # noqa: F401
 from torch import Tensor
 
 from vittle_kernels import fused_ib
-from vittle_kernels.backends import native
+from vittle_kernels.backends import cuda, native
 from vittle_kernels.backends.problem import Problem
 
 SHIM = Path(__file__).parent
@@ -138,6 +138,31 @@ def test_refused_launches_raise(cuda_on_host: ModuleType) -> None:
     cuda_on_host.normals(cuda_on_host.Target(1, 0, 1), words.data_ptr(), eps.data_ptr(), 1)
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         cuda_on_host.normals(cuda_on_host.Target(7, 0, 1), words.data_ptr(), eps.data_ptr(), 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("SHIM_DRIVER", "12040", "the driver supports CUDA up to 12.4 only"),
+        ("SHIM_DRIVER", "0", "no CUDA driver on this machine"),
+        ("SHIM_ARCHITECTURE", "75", "host is sm_75"),
+    ],
+)
+def test_what_a_machine_lacks_is_named(
+    cuda_on_host: ModuleType, monkeypatch: pytest.MonkeyPatch, setting: str, value: str, reason: str
+) -> None:
+    built = SimpleNamespace(
+        cuda_architectures="sm_80, sm_90, sm_100 and PTX of sm_100",
+        cuda_version="13.0",
+        why_cuda_unavailable=cuda_on_host.why_cuda_unavailable,
+    )
+    monkeypatch.setattr(native, "_native", built)
+    assert cuda.why_unavailable(None) is None
+    monkeypatch.setenv(setting, value)
+    message = f"built for sm_80, sm_90, sm_100 and PTX of sm_100 with CUDA 13.0, but: {reason}"
+    assert cuda.why_unavailable(None) == message
+    monkeypatch.delenv(setting)
+    assert cuda.why_unavailable(torch.device("cuda", 1)) is None  # the failed question left no error behind
 
 
 def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@
 #include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -43,6 +44,7 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
 };
 
 using cudaStream_t = struct CUstream_st*;
@@ -159,24 +161,37 @@ inline cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
+namespace shim {
+
+// What a test sets in the environment: the newest CUDA that the driver knows (12040: 12.4), the GPU's architecture.
+inline int setting(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? otherwise : std::atoi(value);
+}
+inline int driver() { return setting("SHIM_DRIVER", 13000); }
+inline int architecture() { return setting("SHIM_ARCHITECTURE", 90); }
+
+}  // namespace shim
+
 inline cudaError_t cudaGetDeviceCount(int* count) {
+  if (shim::driver() < 13000) return shim::report(cudaErrorInsufficientDriver);
   *count = shim::kDevices;
   return cudaSuccess;
 }
 
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   if (device < 0 || device >= shim::kDevices) return shim::report(cudaErrorInvalidDevice);
-  *properties = {"host", 0, 0};
+  *properties = {"host", shim::architecture() / 10, shim::architecture() % 10};
   return cudaSuccess;
 }
 
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
-  return cudaSuccess;
+  return shim::architecture() < 80 ? shim::report(cudaErrorNoKernelImageForDevice) : cudaSuccess;
 }
 
 inline cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 0;
+  *version = shim::driver();
   return cudaSuccess;
 }
 
@@ -188,6 +203,7 @@ inline const char* cudaGetErrorString(cudaError_t status) {
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
     case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
   }
   return "unrecognized error code";
 }
