@@ -193,16 +193,16 @@ def test_out_of_memory_leaves_everything_usable(monkeypatch: pytest.MonkeyPatch)
     inputs = make_inputs(6, 40)
     hidden, posterior = inputs.hidden.requires_grad_(), inputs.posterior.detach().requires_grad_()
     expected = fused_ib(hidden, posterior, 0.5, seed=1, backend="cpu")
-    empty, asked = torch.empty, []
+    empty = torch.empty
+    for allocation in range(4):  # of out, kl, grad_hidden and grad_posterior
+        left = [allocation]
 
-    def exhausted(*args: Any, **kwargs: Any) -> Tensor:
-        asked.append(args)
-        if len(asked) == failing:
-            raise torch.OutOfMemoryError("out of memory")
-        return empty(*args, **kwargs)
+        def exhausted(*args: Any, left: list[int] = left, **kwargs: Any) -> Tensor:
+            left[0] -= 1
+            if left[0] < 0:
+                raise torch.OutOfMemoryError("out of memory")
+            return empty(*args, **kwargs)
 
-    for failing in (1, 2, 3, 4):  # out, kl, grad_hidden, grad_posterior
-        asked.clear()
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", exhausted)
             with pytest.raises(torch.OutOfMemoryError):
