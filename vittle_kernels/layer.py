@@ -36,7 +36,8 @@ class FusedIB(nn.Module):
     """A stochastic bottleneck after one layer of an LLM, with a head and a prior for each modality.
 
     Every token passes exactly one head, Linear(D, D) -> GELU -> Linear(D, 2 D), which gives its Gaussian posterior.
-    In training a sample of it is interpolated with the token; in eval mode the mean is.
+    In training a sample of it is interpolated with the token; in eval mode the mean is. A layer without vision has
+    one head, for text; one for inference has the mean's half of each head's last matrix only, and no prior.
 
     The parameters stay fp32 under ``.to(torch.bfloat16)`` and ``.half()``, as alpha does: at a learning rate of 2e-5
     a bf16 weight of 0.02 never moves. They are computed with in autocast's dtype, or else in the input's.
@@ -45,6 +46,8 @@ class FusedIB(nn.Module):
         hidden_size: D.
         prior: "fixed", N(0, I); or "learnable", a mean and a log-variance for each modality and dimension.
         alpha: weight of the sample against the token, in [0, 1]; :meth:`set_alpha` moves it.
+        vision: whether there is a head for vision tokens; without it, all tokens are text.
+        inference_only: no training, half of each last matrix.
         backend: as in :func:`vittle_kernels.fused_ib`.
 
     Raises:
@@ -59,6 +62,8 @@ class FusedIB(nn.Module):
         *,
         prior: Literal["fixed", "learnable"] = "fixed",
         alpha: float = 0.5,
+        vision: bool = True,
+        inference_only: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -69,12 +74,16 @@ class FusedIB(nn.Module):
         if backend not in BACKEND_NAMES:
             raise ValueError(f"backend is {backend!r}; must be one of {', '.join(map(repr, BACKEND_NAMES))}")
         self.hidden_size = hidden_size
+        self.vision = vision
+        self.inference_only = inference_only
         self.backend = backend
-        self.weight_in = nn.Parameter(torch.empty(2, hidden_size, hidden_size))
-        self.bias_in = nn.Parameter(torch.empty(2, hidden_size))
-        self.weight_out = nn.Parameter(torch.empty(2, 2 * hidden_size, hidden_size))
-        self.bias_out = nn.Parameter(torch.empty(2, 2 * hidden_size))
-        self.prior = nn.Parameter(torch.empty(2, 2 * hidden_size)) if prior == "learnable" else None
+        heads, columns = 1 + vision, hidden_size if inference_only else 2 * hidden_size
+        self.weight_in = nn.Parameter(torch.empty(heads, hidden_size, hidden_size))
+        self.bias_in = nn.Parameter(torch.empty(heads, hidden_size))
+        self.weight_out = nn.Parameter(torch.empty(heads, columns, hidden_size))
+        self.bias_out = nn.Parameter(torch.empty(heads, columns))
+        has_prior = prior == "learnable" and not inference_only
+        self.prior = nn.Parameter(torch.empty(heads, columns)) if has_prior else None
         self.register_buffer("alpha", torch.empty((), dtype=torch.float32))
         self.reset_parameters()
         self.set_alpha(alpha)
@@ -112,6 +121,7 @@ class FusedIB(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument of wrong dtype or shape, named in the message.
+            RuntimeError: training of a layer that is for inference only.
         """
         self._check(hidden_states, vision_mask, text_kl_mask, kl_weights)
         shape, tokens = hidden_states.shape[:-1], hidden_states.shape[:-1].numel()
@@ -119,7 +129,8 @@ class FusedIB(nn.Module):
         rows = None
         if vision_mask is None:
             vision_mask = torch.zeros(shape, dtype=torch.bool, device=hidden_states.device)
-            offsets = tokens * torch.arange(2, dtype=torch.int32, device=hidden_states.device)
+            ends = torch.arange(2, dtype=torch.int32, device=hidden_states.device)
+            offsets = tokens * (ends if self.vision else ends[1:])
             inverse = None
         else:
             rows, inverse, offsets = modality_order(vision_mask)
@@ -136,6 +147,8 @@ class FusedIB(nn.Module):
             out = torch.lerp(hidden_states.float(), mean.float().view(hidden_states.shape), self.alpha)
             return FusedIBOutput(out.to(hidden_states.dtype), None, None, vision_tokens, text_tokens)
 
+        if self.inference_only:
+            raise RuntimeError("this bottleneck has what inference needs only (inference_only=True); call eval()")
         posterior = self._heads(inputs, offsets, 2 * self.hidden_size)
         out, kl = fused_ib(
             hidden_states,
@@ -174,6 +187,8 @@ class FusedIB(nn.Module):
     ) -> None:
         if hidden_states.shape[-1:] != (self.hidden_size,):
             raise ValueError(f"hidden_states is {tuple(hidden_states.shape)}; must be (..., {self.hidden_size})")
+        if vision_mask is not None and not self.vision:
+            raise ValueError("vision_mask is given; must be None, as this layer has no head for vision (vision=False)")
         expected = hidden_states.shape[:-1]
         for name, mask in (("vision_mask", vision_mask), ("text_kl_mask", text_kl_mask)):
             if mask is not None and mask.dtype != torch.bool:
@@ -197,7 +212,9 @@ class FusedIB(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
-        return f"{self.hidden_size}, prior={'fixed' if self.prior is None else 'learnable'}, backend={self.backend!r}"
+        prior = "fixed" if self.prior is None else "learnable"
+        options = {"vision": self.vision, "inference_only": self.inference_only, "backend": self.backend}
+        return ", ".join([f"{self.hidden_size}, prior={prior!r}", *(f"{k}={v!r}" for k, v in options.items())])
 
 
 def modality_order(vision_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

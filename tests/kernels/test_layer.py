@@ -109,6 +109,33 @@ def test_text_only_is_an_empty_vision_group(training: bool) -> None:
         assert not layer.weight_in.grad[VISION].any() and layer.weight_in.grad[TEXT].any()
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("prior", ["fixed", "learnable"])
+def test_a_layer_without_vision_is_the_text_head(prior: str, training: bool) -> None:
+    both, (hidden, _, text_kl) = make_layer(prior).train(training), make_batch()
+    text = FusedIB(D, prior=prior, alpha=float(both.alpha), vision=False).train(training)
+    text.load_state_dict({n: t if n == "alpha" else t[TEXT:] for n, t in both.state_dict().items()})
+    results = []
+    for layer in (both, text):
+        torch.manual_seed(0)
+        results.append(layer(hidden, None, text_kl))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True) if a is not None)
+    assert results[1].vision_tokens.item() == 0
+    with pytest.raises(ValueError, match="no head for vision"):
+        text(hidden, torch.zeros_like(text_kl))
+
+
+def test_inference_only_keeps_half_of_the_last_matrix_and_its_outputs() -> None:
+    layer, (hidden, vision, _) = make_layer("learnable").eval(), make_batch()
+    small = FusedIB(D, alpha=float(layer.alpha), inference_only=True, prior="learnable").eval()
+    state = {n: t for n, t in layer.state_dict().items() if n != "prior"}
+    state |= {n: state[n][:, :D] for n in ("weight_out", "bias_out")}
+    small.load_state_dict(state)
+    assert torch.equal(small(hidden, vision).hidden_states, layer(hidden, vision).hidden_states)
+    with pytest.raises(RuntimeError, match="what inference needs only"):
+        small.train()(hidden, vision)
+
+
 def test_a_modality_with_no_token_gives_zero() -> None:
     layer, (hidden, vision, _) = make_layer(), make_batch()
     everything = layer(hidden, torch.ones_like(vision), torch.ones_like(vision))

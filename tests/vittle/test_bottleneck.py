@@ -239,7 +239,7 @@ def test_load_refuses_what_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "bottleneck_config.json").write_text(json.dumps(settings))
     whole = (tmp_path / "bottleneck.safetensors").read_bytes()
     (tmp_path / "bottleneck.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(UserError, match="holds a damaged bottleneck"):
+    with pytest.raises(UserError, match="bottleneck.safetensors is damaged"):
         load_bottleneck(model, tmp_path)
     assert not hasattr(model, "bottleneck")
 

@@ -1,16 +1,16 @@
 """Vittle (arXiv 2505.13946): a stochastic bottleneck after one decoder layer, CE + beta (KL_vision + KL_text).
 
-Attached to a Hugging Face vision-language model it changes two things: the hidden states after the chosen layer pass
-through :class:`vittle_kernels.FusedIB`, and in training the KL joins ``model(**batch).loss``.
+Attached to a Hugging Face model it changes two things: the hidden states after the chosen layer pass through
+:class:`vittle_kernels.FusedIB`, and in training the KL joins ``model(**batch).loss``.
 """
 
 from __future__ import annotations
 
-import json
+import inspect
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from vittle.errors import UserError
+from vittle.methods import peft, saving
 from vittle_kernels import FusedIB
 
 IGNORED = -100
 """The label of a token that the cross-entropy does not cover."""
 
-WEIGHTS, CONFIG = "bottleneck.safetensors", "bottleneck_config.json"
+Modality = Literal["both", "vision", "text"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,15 @@ class BottleneckConfig:
 
     Args:
         layer: it follows this many decoder layers; None: three quarters of them (24 of 32).
+        text_layer: text tokens pass it after this many layers instead; the heads then run once for each modality.
+            None: after ``layer``, in one pass.
         prior: "fixed", Vittle (F); or "learnable", Vittle (L).
         alpha: the interpolation weight that a schedule ends at, and that inference uses.
         beta: weight of the KL, a mean over dimensions and tokens.
     """
 
     layer: int | None = None
+    text_layer: int | None = None
     prior: Literal["fixed", "learnable"] = "fixed"
     alpha: float = 0.5
     beta: float = 0.1
@@ -57,65 +61,120 @@ ALPHA_SCHEDULES: dict[str, AlphaSchedule] = {
 class _Tokens:
     """What one forward pass of the model says about its tokens, all (B, T)."""
 
-    vision: Tensor
-    text_kl: Tensor | None
-    kl_weights: Tensor | None
+    vision: Tensor | None
+    text_kl: Tensor | None = None
+    kl_weights: Tensor | None = None
 
 
-@dataclass
 class Attachment:
-    """The bottleneck of one model: its module, and what passes between the model's hooks and the layer."""
+    """Stands in for one model's ``forward``, and serves the decoder layers that end in the bottleneck.
 
-    config: BottleneckConfig
-    module: FusedIB
-    image_token_id: int
-    tokens: _Tokens | None = None
-    kl: tuple[Tensor, Tensor] | None = None
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Detached means of the last training pass: ce, kl_vision, kl_text."""
+    A forward pass goes: read the batch, run the model's own forward, whose chosen layers call :meth:`after_layer`,
+    join the KL to the loss. It is ``forward`` and no hook, as some wrappers call ``forward`` by name.
+    """
 
-    def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Reads the batch: where its vision tokens are and which text tokens count towards the KL."""
-        kwargs = dict(kwargs)
-        instruction_mask = kwargs.pop("instruction_mask", None)
-        vision = kwargs.pop("vision_mask", None)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if vision is None:
-            if ids is None:
+    def __init__(self, model: nn.Module, config: BottleneckConfig, module: FusedIB, vision_ids: list[int]) -> None:
+        self.model, self.config, self.module, self.vision_ids = model, config, module, vision_ids
+        self.own_forward = model.__dict__.get("forward")  # accelerate's hooks replace it too
+        self.tokens: _Tokens | None = None
+        self.kl: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor] = {}
+        """Detached means of the last training pass: ce, kl_vision, kl_text."""
+        self.trainable: list[bool] | None = None
+        """Which parameters were trainable before PEFT froze them."""
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The model's own."""
+        return self.own_forward or type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.forward)
+
+    def settings(self) -> dict[str, Any]:
+        """What ``bottleneck_config.json`` says."""
+        heads = ["vision", "text"] if self.module.vision else ["text"]
+        facts = {"hidden_size": self.module.hidden_size, "heads": heads, "inference_only": self.module.inference_only}
+        return asdict(self.config) | facts
+
+    def load(self, folder: Path) -> None:
+        """Puts the weights of a folder into the module."""
+        settings, tensors = saving.read(folder)
+        _load_weights(self.module, settings, tensors, folder)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass with the bottleneck in it."""
+        tokens = self._read_batch(args, kwargs)
+        self.tokens, self.kl = tokens, {}
+        try:
+            output = self.forward(*args, **kwargs)
+            kl = self.kl
+        finally:
+            self.tokens, self.kl = None, {}
+        return self._join_kl(output, kl) if tokens.kl_weights is not None else output
+
+    def _read_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Tokens:
+        """Where the vision tokens are, which text tokens count towards the KL, and what each weighs."""
+        instruction_mask, vision = kwargs.pop("instruction_mask", None), kwargs.pop("vision_mask", None)
+        batch = inspect.signature(self.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+        vision = self._vision(batch.get("input_ids"), vision)
+        labels = batch.get("labels")
+        if not self.model.training or labels is None:
+            return _Tokens(vision)
+        text_kl = instruction_mask
+        if text_kl is None:  # as the released code: what the model reads and the loss does not cover
+            text_kl = labels == IGNORED
+            attended = batch.get("attention_mask")
+            if isinstance(attended, Tensor) and attended.shape == labels.shape:
+                text_kl = text_kl & attended.bool()
+        no_vision = torch.zeros_like(labels, dtype=torch.bool)
+        text_kl = text_kl & ~(no_vision if vision is None else vision)
+        weights = token_weights(
+            labels, no_vision if vision is None else vision, text_kl, batch.get("num_items_in_batch")
+        )
+        return _Tokens(vision, text_kl, weights)
+
+    def _vision(self, ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """The vision tokens by their ids, or by the mask that stands for them."""
+        if not self.vision_ids:
+            if mask is not None:
+                raise UserError(f"vision_mask is given; {type(self.model).__name__} reads text only")
+            return None
+        if ids is None:
+            if mask is None:
                 raise UserError("the model got inputs_embeds and no input_ids; pass vision_mask, bool (B, T), too")
-            vision = ids == self.image_token_id
-        self.kl, self.tokens = None, _Tokens(vision, None, None)
-        labels = kwargs.get("labels")
-        if model.training and labels is not None:
-            text_kl = instruction_mask
-            if text_kl is None:  # as the released code: what the model reads and the loss does not cover
-                attended = kwargs.get("attention_mask")
-                text_kl = labels == IGNORED if attended is None else (labels == IGNORED) & attended.bool()
-            text_kl = text_kl & ~vision
-            weights = token_weights(labels, vision, text_kl, kwargs.get("num_items_in_batch"))
-            self.tokens = _Tokens(vision, text_kl, weights)
-        return args, kwargs
+            return mask
+        vision = ids == self.vision_ids[0]
+        for other in self.vision_ids[1:]:
+            vision = vision | (ids == other)
+        if mask is not None and not torch.equal(mask, vision):
+            found = f"{int(mask.sum())} tokens, input_ids has {int(vision.sum())} with id {self.vision_ids}"
+            raise UserError(f"vision_mask names {found}; must be those, or be left out")
+        return vision
 
-    def after_layer(self, hidden_states: Tensor) -> Tensor:
-        """The hidden states (B, T, D) after the chosen layer, through the bottleneck."""
-        if self.tokens is None:
+    def after_layer(self, hidden_states: Tensor, modality: Modality) -> Tensor:
+        """The hidden states (B, T, D) after a chosen layer, one modality's or both through the bottleneck."""
+        tokens = self.tokens
+        if tokens is None:
             return hidden_states
-        masks = (self.tokens.vision, self.tokens.text_kl, self.tokens.kl_weights)
+        masks = (tokens.vision, tokens.text_kl, tokens.kl_weights)
         output = self.module(hidden_states, *(m if m is None else m.to(hidden_states.device) for m in masks))
         if output.kl_vision is not None:
-            self.kl = output.kl_vision, output.kl_text
-        return output.hidden_states
+            kl = {"vision": output.kl_vision, "text": output.kl_text}
+            self.kl |= kl if modality == "both" else {modality: kl[modality]}
+        if modality == "both" or tokens.vision is None:
+            return output.hidden_states
+        passes = (tokens.vision == (modality == "vision")).unsqueeze(-1).to(hidden_states.device)
+        return torch.where(passes, output.hidden_states, hidden_states)
 
-    def after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Joins the KL to the model's own loss, in training only."""
-        tokens, kl, self.tokens, self.kl = self.tokens, self.kl, None, None
-        if tokens is None or tokens.kl_weights is None or kl is None or not model.training:
-            return output
+    def _join_kl(self, output: Any, kl: dict[str, Tensor]) -> Any:
+        """The KL joins the model's own loss."""
         is_tuple = isinstance(output, tuple)
         ce = output[0] if is_tuple else output.loss
-        kl_vision, kl_text = (each.to(ce.device) for each in kl)
-        loss = ce + self.config.beta * (kl_vision + kl_text)
-        self.metrics = {"ce": ce.detach(), "kl_vision": kl_vision.detach(), "kl_text": kl_text.detach()}
+        kl = {name: each.to(ce.device) for name, each in kl.items()}
+        loss = ce + self.config.beta * sum(kl.values())
+        self.metrics = {"ce": ce.detach()} | {f"kl_{name}": each.detach() for name, each in kl.items()}
         if is_tuple:
             return (loss, *output[1:])
         output.loss = loss
@@ -137,14 +196,19 @@ def token_weights(labels: Tensor, vision: Tensor, text_kl: Tensor, num_items: Te
 
 
 def attach_bottleneck(model: nn.Module, config: BottleneckConfig | None = None, *, backend: str = "auto") -> FusedIB:
-    """Puts a bottleneck after one decoder layer of a Hugging Face vision-language model, in place.
+    """Puts a bottleneck after a decoder layer of a Hugging Face model, in place.
 
     The model stays the user's own: same class, same parameter names, plus ``bottleneck.*``. ``model(**batch).loss``
     is CE + beta (KL_vision + KL_text) in training, CE in eval mode. A batch may carry ``instruction_mask``, bool
-    (B, T): the text tokens whose KL counts; without it, those are the attended tokens that have no label.
+    (B, T): the text tokens whose KL counts; without it, those are the attended tokens that have no label. Vision
+    tokens are those with the model's image (or video) token id; a batch of ``inputs_embeds`` without ids carries
+    ``vision_mask``, bool (B, T). A model without a vision tower gets the text head only.
+
+    With PEFT it may come before or after ``get_peft_model``: the heads stay trainable.
 
     Args:
-        model: has ``get_decoder()`` with a stack ``layers``, and an ``image_token_id`` in its config.
+        model: has ``get_decoder()`` with a stack ``layers`` and, if it has a vision tower, an ``image_token_id`` in
+            its config; or a PeftModel around one.
         config: where and how much; None: the paper's settings.
         backend: as in :func:`vittle_kernels.fused_ib`.
 
@@ -154,31 +218,37 @@ def attach_bottleneck(model: nn.Module, config: BottleneckConfig | None = None, 
     Raises:
         UserError: the model or the config does not fit; the message says what was found and what must be.
     """
-    config = config or BottleneckConfig()
+    return _attach(model, config or BottleneckConfig(), backend=backend, inference_only=False)
+
+
+def _attach(outer: nn.Module, config: BottleneckConfig, *, backend: str, inference_only: bool) -> FusedIB:
+    model = peft.base_model(outer)
     if hasattr(model, "bottleneck"):
         raise UserError(f"{type(model).__name__} has a bottleneck already; detach_bottleneck(model) takes it off")
     layers, hidden_size = _decoder(model)
-    image_token_id = getattr(model.config, "image_token_id", None)
-    if image_token_id is None:
-        raise UserError(f"{type(model.config).__name__} has no image_token_id; a vision-language model has one")
-    after = config.layer if config.layer is not None else len(layers) * 3 // 4
-    if not 1 <= after <= len(layers):
-        raise UserError(f"layer is {config.layer}; must be in [1, {len(layers)}], the model's decoder layers")
-    if not config.beta >= 0:
-        raise UserError(f"beta is {config.beta}; must not be negative")
-    config = BottleneckConfig(after, config.prior, config.alpha, config.beta)
-
-    layer = layers[after - 1]
-    module = FusedIB(hidden_size, prior=config.prior, alpha=config.alpha, backend=backend)
-    module.to(next(layer.parameters()).device).train(model.training)
-    attachment = Attachment(config, module, image_token_id)
+    vision_ids = _vision_ids(model)
+    config = _resolved(config, len(layers), bool(vision_ids))
+    assert config.layer is not None
+    first = layers[config.layer - 1]
+    with next(first.parameters()).device:
+        module = FusedIB(
+            hidden_size, prior=config.prior, alpha=config.alpha, vision=bool(vision_ids),
+            inference_only=inference_only, backend=backend,
+        )  # fmt: skip
+    attachment = Attachment(model, config, module.train(model.training), vision_ids)
     model.bottleneck = module
     model._attachment = attachment  # type: ignore[assignment]
-    model._attachment_hooks = (  # type: ignore[assignment]
-        model.register_forward_pre_hook(attachment.before_model, with_kwargs=True),
-        model.register_forward_hook(attachment.after_model, with_kwargs=True),
-    )
-    _bottleneck_calls(layer, attachment)
+    model.forward = attachment
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = saving.SavePretrained(model, attachment)  # type: ignore[assignment]
+    if config.text_layer in (None, config.layer):
+        _end_in_bottleneck(first, attachment, "both")
+    else:
+        _end_in_bottleneck(first, attachment, "vision")
+        _end_in_bottleneck(layers[config.text_layer - 1], attachment, "text")
+    peft.watch()
+    if outer is not model:
+        peft.follow(outer)
     return module
 
 
@@ -188,7 +258,7 @@ def attachment_of(model: nn.Module) -> Attachment:
     Raises:
         UserError: there is none.
     """
-    attachment = getattr(model, "_attachment", None)
+    attachment = getattr(peft.base_model(model), "_attachment", None)
     if attachment is None:
         raise UserError(f"{type(model).__name__} has no bottleneck; attach_bottleneck(model) puts one in")
     return attachment
@@ -197,55 +267,91 @@ def attachment_of(model: nn.Module) -> Attachment:
 def detach_bottleneck(model: nn.Module) -> None:
     """Restores the model as it was before :func:`attach_bottleneck`."""
     attachment = attachment_of(model)
-    for hook in model._attachment_hooks:  # type: ignore[union-attr]
-        hook.remove()
-    layer: Any = _decoder(model)[0][attachment.config.layer - 1]  # type: ignore[operator]
-    layer.__class__ = type(layer).__mro__[1]
-    del layer._attachment, model.bottleneck, model._attachment, model._attachment_hooks
+    model = attachment.model
+    for layer in _decoder(model)[0]:
+        if layer.__dict__.pop("_bottleneck", None) is not None:
+            layer.__class__ = type(layer).__mro__[1]
+    del model.forward, model.bottleneck, model._attachment
+    model.__dict__.pop("save_pretrained", None)
+    if attachment.own_forward is not None:
+        model.forward = attachment.own_forward
 
 
-def save_bottleneck(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes ``bottleneck.safetensors`` and a readable ``bottleneck_config.json`` into the folder."""
-    from safetensors.torch import save_file
+def save_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, inference_only: bool = False) -> None:
+    """Writes ``bottleneck.safetensors`` and a readable ``bottleneck_config.json`` into the folder.
 
-    attachment, folder = attachment_of(model), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in attachment.module.state_dict().items()}
-    save_file(weights, folder / f"{WEIGHTS}.tmp")
-    (folder / f"{WEIGHTS}.tmp").replace(folder / WEIGHTS)
-    text = json.dumps({"format": 1, **asdict(attachment.config)}, indent=2) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    Args:
+        model: has a bottleneck.
+        folder: made if it is not there; PEFT's files may lie beside.
+        inference_only: leaves out what only training reads: the log-variance's half of each head's last matrix, a
+            third of the bottleneck, and the prior. Outputs in eval mode are the same; there is no training on.
+    """
+    attachment = attachment_of(model)
+    settings, tensors = attachment.settings(), attachment.module.state_dict()
+    if inference_only:
+        settings["inference_only"] = True
+        tensors.pop("prior", None)
+        for name in ("weight_out", "bias_out"):
+            tensors[name] = tensors[name][:, : attachment.module.hidden_size]
+    saving.write(Path(folder), settings, tensors)
 
 
 def load_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, backend: str = "auto") -> FusedIB:
-    """Attaches the bottleneck that :func:`save_bottleneck` wrote into the folder.
+    """Attaches the bottleneck that :func:`save_bottleneck`, ``save_pretrained`` or Trainer wrote into the folder.
 
     Raises:
-        UserError: a file is missing or unreadable, or its weights do not fit the model.
+        UserError: a file is missing, damaged or from a newer version, or does not fit the model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
+    settings, tensors = saving.read(folder)
+    names = BottleneckConfig.__dataclass_fields__
+    if unknown := settings.keys() - names.keys() - {"hidden_size", "heads", "inference_only"}:
+        raise UserError(f"{folder / saving.CONFIG} has an unknown setting {min(unknown)!r}")
+    config = BottleneckConfig(**{name: value for name, value in settings.items() if name in names})
+    inference_only = bool(settings.get("inference_only"))
+    module = _attach(model, config, backend=backend, inference_only=inference_only)
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        weights = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} does not exist; must be a file that save_bottleneck wrote") from error
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"{folder} holds a damaged bottleneck: {error}") from error
-    if (found := settings.pop("format", None)) != 1:
-        raise UserError(f"{folder / CONFIG} has format {found!r}; this version reads format 1")
-    module = attach_bottleneck(model, BottleneckConfig(**settings), backend=backend)
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        width = weights["weight_in"].shape[-1] if "weight_in" in weights else "unknown"
+        _load_weights(module, settings, tensors, folder)
+    except UserError:
         detach_bottleneck(model)
-        raise UserError(
-            f"{folder / WEIGHTS} is of width {width}; the model's hidden size is {module.hidden_size}"
-        ) from error
+        raise
     return module
+
+
+def _load_weights(module: FusedIB, settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted == found:
+        module.load_state_dict(tensors)
+        return
+    heads = {1: "text only", 2: "vision and text"}
+    stored = found.get("weight_in", (0, 0))
+    if stored[0] != 1 + module.vision:
+        reason = f"heads for {heads.get(stored[0], 'nothing')}; the model needs {heads[1 + module.vision]}"
+    elif stored[-1] != module.hidden_size:
+        reason = f"width {stored[-1]}; the model's hidden size is {module.hidden_size}"
+    else:
+        name = next(name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
+        reason = f"{name} of shape {found.get(name)}; must be {wanted.get(name)}, by {saving.CONFIG}"
+    raise UserError(f"the bottleneck in {folder} has {reason}")
+
+
+def _resolved(config: BottleneckConfig, depth: int, has_vision: bool) -> BottleneckConfig:
+    """The config with its layers, checked."""
+    config = replace(config, layer=depth * 3 // 4 if config.layer is None else config.layer)
+    for name in ("layer", "text_layer"):
+        layer = getattr(config, name)
+        if layer is not None and not (isinstance(layer, int) and 1 <= layer <= depth):
+            raise UserError(f"{name} is {layer!r}; must be in [1, {depth}], the model's decoder layers")
+    if not has_vision and config.text_layer not in (None, config.layer):
+        raise UserError(f"text_layer is {config.text_layer}; must be left out for a model that reads text only")
+    if not config.beta >= 0:
+        raise UserError(f"beta is {config.beta}; must not be negative")
+    if not 0 <= config.alpha <= 1:
+        raise UserError(f"alpha is {config.alpha}; must be in [0, 1]")
+    if config.prior not in ("fixed", "learnable"):
+        raise UserError(f"prior is {config.prior!r}; must be 'fixed' or 'learnable'")
+    return config
 
 
 def _decoder(model: nn.Module) -> tuple[nn.ModuleList, int]:
@@ -258,7 +364,18 @@ def _decoder(model: nn.Module) -> tuple[nn.ModuleList, int]:
     return layers, decoder.config.hidden_size
 
 
-def _bottleneck_calls(layer: Any, attachment: Attachment) -> None:
+def _vision_ids(model: Any) -> list[int]:
+    """The ids that stand for pieces of images and videos; none for a model that reads text only."""
+    if getattr(model.config, "vision_config", None) is None:
+        return []
+    ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
+    if ids[0] is None:
+        kind = type(model.config).__name__
+        raise UserError(f"{kind} has no image_token_id; set model.config.image_token_id to the image token's id")
+    return [each for each in ids if each is not None]
+
+
+def _end_in_bottleneck(layer: Any, attachment: Attachment, modality: Modality) -> None:
     """Lets every call of the layer end in the bottleneck.
 
     A subclass of the layer's own class overrides ``__call__``: the names of parameters stay, and the bottleneck stands
@@ -268,10 +385,11 @@ def _bottleneck_calls(layer: Any, attachment: Attachment) -> None:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original.__call__(self, *args, **kwargs)
+        attachment, modality = self._bottleneck
         if isinstance(output, tuple):
-            return (self._attachment.after_layer(output[0]), *output[1:])
-        return self._attachment.after_layer(output)
+            return (attachment.after_layer(output[0], modality), *output[1:])
+        return attachment.after_layer(output, modality)
 
-    layer._attachment = attachment
+    layer._bottleneck = (attachment, modality)
     names = {"__call__": call, "__module__": original.__module__, "__qualname__": original.__qualname__}
     layer.__class__ = type(original.__name__, (original,), names)

@@ -1,0 +1,81 @@
+"""A bottleneck beside PEFT's adapters: it stays trainable, and is saved and loaded with them.
+
+PEFT freezes whatever is no adapter, the heads of a bottleneck that was there before too, and saves adapters only.
+PyTorch tells us when a model goes into PEFT's: ``register_module_module_registration_hook``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from vittle.methods import saving
+
+_watching = False
+
+
+def base_model(model: Any) -> Any:
+    """The user's own model, also where PEFT's is around it."""
+    return model.get_base_model() if _is(model, "PeftModel") else model
+
+
+def watch() -> None:
+    """From now on models with a bottleneck that go into PEFT's keep it trainable, and saved with the adapters."""
+    global _watching
+    if not _watching:
+        register_module_module_registration_hook(_registered)  # type: ignore[arg-type]
+        _watching = True
+
+
+def follow(peft_model: Any) -> None:
+    """Lets a PeftModel save and load the bottleneck of the model inside it."""
+    for name in ("save_pretrained", "load_adapter"):
+        setattr(peft_model, name, _WithBottleneck(peft_model, name))
+
+
+def _is(module: Any, name: str) -> bool:
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return False
+    kind = peft.PeftModel if name == "PeftModel" else sys.modules["peft.tuners.tuners_utils"].BaseTuner
+    return isinstance(module, kind)
+
+
+def _registered(parent: nn.Module, name: str, module: Any) -> None:
+    """The model goes into a tuner, which freezes it; then the tuner into a PeftModel."""
+    if name == "model" and _is(parent, "BaseTuner") and (attachment := getattr(module, "_attachment", None)):
+        attachment.trainable = [parameter.requires_grad for parameter in attachment.module.parameters()]
+    if name == "base_model" and _is(parent, "PeftModel") and _is(module, "BaseTuner"):
+        attachment = getattr(module.model, "_attachment", None)
+        if attachment is not None and attachment.trainable is not None:
+            for parameter, is_trainable in zip(attachment.module.parameters(), attachment.trainable, strict=True):
+                parameter.requires_grad_(is_trainable)
+            attachment.trainable = None
+            follow(parent)
+
+
+class _WithBottleneck:
+    """Stands in for a PeftModel's ``save_pretrained`` or ``load_adapter``."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = model, name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(getattr(type(self.model), self.name).__get__(self.model))
+
+    def __call__(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        """The method itself, then the bottleneck's files in the same folder."""
+        result = getattr(type(self.model), self.name)(self.model, folder, *args, **kwargs)
+        attachment = getattr(base_model(self.model), "_attachment", None)
+        if attachment is not None:
+            if self.name == "save_pretrained" and kwargs.get("is_main_process", True):
+                saving.write(Path(folder), attachment.settings(), attachment.module.state_dict())
+            elif self.name == "load_adapter" and (Path(folder) / saving.CONFIG).exists():
+                attachment.load(Path(folder))
+        return result
