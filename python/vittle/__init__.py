@@ -4,16 +4,21 @@ from vittle.errors import UserError
 from vittle.methods.bottleneck import (
     BottleneckConfig,
     attach_bottleneck,
+    attachment_of,
     detach_bottleneck,
     load_bottleneck,
     save_bottleneck,
 )
+from vittle.methods.saving import from_released, to_released
 
 __all__ = [
     "BottleneckConfig",
     "UserError",
     "attach_bottleneck",
+    "attachment_of",
     "detach_bottleneck",
+    "from_released",
     "load_bottleneck",
     "save_bottleneck",
+    "to_released",
 ]

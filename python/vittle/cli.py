@@ -40,7 +40,8 @@ def _train(options: argparse.Namespace) -> None:
     settings = vars(options)
     bottleneck = None
     if not options.plain:
-        bottleneck = BottleneckConfig(options.layer, options.prior, options.alpha, options.beta)
+        names = BottleneckConfig.__dataclass_fields__
+        bottleneck = BottleneckConfig(**{name: settings[name] for name in names})
     names = train.TrainConfig.__dataclass_fields__.keys() - {"bottleneck"}
     result = train.train(train.TrainConfig(bottleneck=bottleneck, **{name: settings[name] for name in names}))
     print(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {options.output}")
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the bottleneck follows N decoder layers (default: three quarters)",
     )
+    add("--text-layer", type=int, metavar="N", help="for text tokens, if another (default: the same)")
     add("--prior", choices=("fixed", "learnable"), default="fixed", help="Vittle (F) or Vittle (L)")
     add("--alpha", type=float, default=0.5, help="interpolation weight at the end of training")
     add("--alpha-schedule", choices=tuple(ALPHA_SCHEDULES), default="sigmoid", help="how alpha gets there")

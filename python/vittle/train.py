@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -84,7 +85,22 @@ class AlphaCallback(TrainerCallback):
 
 
 class BottleneckTrainer(Trainer):
-    """transformers' Trainer, whose log also shows alpha, CE and the KL of each modality."""
+    """transformers' Trainer, whose log also shows alpha, CE and the KL of each modality, and that resumes a LLaVA."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """By from_pretrained, which knows the names under which save_pretrained writes a model.
+
+        transformers 5.23's own looks for the names that the model has now: a LLaVA would go on from the weights that
+        it started with, with a warning.
+        """
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict()
+        if hasattr(model, "bottleneck"):
+            attachment_of(model).load(Path(resume_from_checkpoint))
+            saved |= {name: t for name, t in model.state_dict().items() if name.startswith("bottleneck.")}
+        model.load_state_dict(saved)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the last step's values of the bottleneck to a training log."""

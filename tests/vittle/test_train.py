@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vittle import load_bottleneck
@@ -84,6 +85,7 @@ def test_an_existing_run_is_refused_or_resumed(
     assert f"output {output} holds no checkpoint to resume from" in capsys.readouterr().err
     assert main(arguments(small, data, output, "--save-steps", "2")) == 0
     first = (output / "bottleneck.safetensors").read_bytes()
+    model = load_file(output / "model.safetensors")
     capsys.readouterr()
     assert main(arguments(small, data, output)) == 2
     error = capsys.readouterr().err
@@ -95,6 +97,9 @@ def test_an_existing_run_is_refused_or_resumed(
     (output / "checkpoint-4").rename(tmp_path / "away")
     assert main(arguments(small, data, output, "--save-steps", "2", "--resume")) == 0
     assert (output / "checkpoint-4").is_dir()
+    assert (output / "bottleneck.safetensors").read_bytes() == first  # bit for bit the uninterrupted run
+    resumed = load_file(output / "model.safetensors")
+    assert resumed.keys() == model.keys() and all(torch.equal(resumed[name], model[name]) for name in model)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from vittle_kernels import FusedIB
+from vittle_kernels.backends.eager import forward as reference_forward
+from vittle_kernels.backends.problem import Problem
 
 IMAGE_TOKEN, IMAGE_TOKENS, VOCABULARY, LAYERS, WIDTH = 9, 4, 50, 4, 32
 
@@ -51,3 +57,21 @@ def make_batch(
     if sum(images):
         batch["pixel_values"] = torch.randn(sum(images), 3, 8, 8, generator=generator)
     return batch
+
+
+def through_heads(bottleneck: FusedIB, hidden_states: Tensor, vision: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """What the paper's formula makes of hidden states (B, T, D), each token by the head of its modality: (out, kl)."""
+    head = (~vision).long() if bottleneck.vision else torch.zeros_like(vision, dtype=torch.long)
+    x = torch.einsum("btk,btmk->btm", hidden_states, bottleneck.weight_in[head]) + bottleneck.bias_in[head]
+    x = nn.functional.gelu(x)
+    posterior = torch.einsum("btk,btmk->btm", x, bottleneck.weight_out[head]) + bottleneck.bias_out[head]
+    problem = Problem(posterior, bottleneck.alpha, None, None, None, seed, math.log(10))
+    return reference_forward(problem, hidden_states)
+
+
+def drawn_seed(seed: int) -> Tensor:
+    """The seed that a layer's next call draws."""
+    torch.manual_seed(seed)
+    drawn = torch.randint(2**63 - 1, (1,))
+    torch.manual_seed(seed)
+    return drawn
