@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from samples import Samples, collate
 from tiny import IMAGE_TOKEN, LAYERS, WIDTH, drawn_seed, make_batch, through_heads, tiny_llava
 from torch import Tensor, nn
@@ -19,9 +19,8 @@ from vittle import (
     BottleneckConfig,
     UserError,
     attach_bottleneck,
+    attachment_of,
     detach_bottleneck,
-    load_bottleneck,
-    save_bottleneck,
 )
 from vittle.methods.bottleneck import ALPHA_SCHEDULES
 
@@ -179,40 +178,6 @@ def test_detach_restores_the_model() -> None:
     assert torch.equal(attached(**batch).logits, untouched(**plain(batch)).logits)
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    model, batch = tiny_llava(), make_batch()
-    attach_bottleneck(model, BottleneckConfig(layer=2, prior="learnable", alpha=0.25, beta=0.3))
-    model.bottleneck.set_alpha(0.125)
-    save_bottleneck(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "bottleneck.safetensors",
-        "bottleneck_config.json",
-    ]
-    other = tiny_llava()
-    loaded = load_bottleneck(other, tmp_path)
-    assert loaded.alpha == 0.125 and json.loads((tmp_path / "bottleneck_config.json").read_text())["layer"] == 2
-    assert torch.equal(model(**batch).logits, other(**batch).logits)
-
-
-def test_load_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    model = tiny_llava()
-    with pytest.raises(UserError, match=r"bottleneck_config.json does not exist"):
-        load_bottleneck(model, tmp_path)
-    attach_bottleneck(model)
-    save_bottleneck(model, tmp_path)
-    detach_bottleneck(model)
-    settings = json.loads((tmp_path / "bottleneck_config.json").read_text())
-    (tmp_path / "bottleneck_config.json").write_text(json.dumps(settings | {"format": 2}))
-    with pytest.raises(UserError, match="has format 2; this version reads format 1"):
-        load_bottleneck(model, tmp_path)
-    (tmp_path / "bottleneck_config.json").write_text(json.dumps(settings))
-    whole = (tmp_path / "bottleneck.safetensors").read_bytes()
-    (tmp_path / "bottleneck.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(UserError, match=r"bottleneck\.safetensors is damaged"):
-        load_bottleneck(model, tmp_path)
-    assert not hasattr(model, "bottleneck")
-
-
 @pytest.mark.parametrize(
     "t_and_alpha",
     [
@@ -250,6 +215,11 @@ def _twice(model: nn.Module) -> None:
     attach_bottleneck(model)
 
 
+def _without_image_token(model: nn.Module) -> None:
+    model.config.image_token_id = None
+    attach_bottleneck(model)
+
+
 @pytest.mark.parametrize(
     ("message", "call"),
     [
@@ -258,7 +228,15 @@ def _twice(model: nn.Module) -> None:
             lambda m: attach_bottleneck(m, BottleneckConfig(layer=5)),
         ),
         ("layer is 0; must be in [1, 4]", lambda m: attach_bottleneck(m, BottleneckConfig(layer=0))),
+        ("layer is '2'; must be in [1, 4]", lambda m: attach_bottleneck(m, BottleneckConfig(layer="2"))),
+        ("text_layer is 9; must be in [1, 4]", lambda m: attach_bottleneck(m, BottleneckConfig(text_layer=9))),
         ("beta is -1; must not be negative", lambda m: attach_bottleneck(m, BottleneckConfig(beta=-1))),
+        ("alpha is 2; must be in [0, 1]", lambda m: attach_bottleneck(m, BottleneckConfig(alpha=2))),
+        (
+            "prior is 'flat'; must be 'fixed' or 'learnable'",
+            lambda m: attach_bottleneck(m, BottleneckConfig(prior="flat")),
+        ),
+        ("LlavaConfig has no image_token_id; set model.config.image_token_id", _without_image_token),
         ("LlavaForConditionalGeneration has a bottleneck already", _twice),
         ("LlavaForConditionalGeneration has no bottleneck", detach_bottleneck),
         ("Linear has no stack of decoder layers", lambda m: attach_bottleneck(nn.Linear(2, 2))),
@@ -278,3 +256,75 @@ def test_embeddings_without_ids_need_a_mask() -> None:
     with pytest.raises(UserError, match="pass vision_mask"):
         model(inputs_embeds=embeddings)
     model(inputs_embeds=embeddings, vision_mask=batch["input_ids"] == IMAGE_TOKEN)
+
+
+def test_a_mask_that_contradicts_the_ids_is_refused() -> None:
+    model, batch = tiny_llava(), make_batch()
+    attach_bottleneck(model)
+    vision = batch["input_ids"] == IMAGE_TOKEN
+    assert torch.equal(model(**batch, vision_mask=vision).logits, model(**batch).logits)
+    vision[0, 0] = True
+    with pytest.raises(UserError, match=r"vision_mask names 13 tokens, input_ids has 12 with id \[9\]"):
+        model(**batch, vision_mask=vision)
+
+
+def test_a_failed_pass_leaves_nothing_behind() -> None:
+    model, batch = tiny_llava().train(), make_batch()
+    attachment = attachment_of(model) if attach_bottleneck(model, BottleneckConfig(alpha=0.0)) else None
+    expected = model(**batch).loss
+    with pytest.raises((ValueError, RuntimeError)):
+        model(**batch | {"pixel_values": torch.zeros(1, 3, 8, 8)})  # three images are missing
+    assert attachment.tokens is None and attachment.kl == {}
+    assert torch.equal(model(**batch).loss, expected)
+
+
+def test_a_compiled_layer_follows_alpha_without_compiling_again() -> None:
+    """torch.compile(fullgraph=True) of a decoder layer with its bottleneck."""
+    model, batch = tiny_llava().train(), make_batch()
+    bottleneck = attach_bottleneck(model, BottleneckConfig(alpha=0.0))
+    decoder, states = model.get_decoder(), {}
+    layer = decoder.layers[2]
+    hook = layer.register_forward_pre_hook(lambda *call: states.update(args=call[1], kwargs=call[2]), with_kwargs=True)
+    model(**batch, use_cache=False)
+    hook.remove()
+    attachment = attachment_of(model)
+    attachment.tokens = attachment._read_batch((), dict(batch))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    outputs = {}
+    for alpha in (0.0, 0.25, 0.5):
+        bottleneck.set_alpha(alpha)
+        for call in (compiled, layer):
+            attachment.kl = {}  # as the model's forward pass begins
+            torch.manual_seed(1)
+            outputs[alpha, call] = call(*states["args"], **states["kwargs"])
+        torch.testing.assert_close(outputs[alpha, compiled], outputs[alpha, layer])
+    assert not torch.equal(outputs[0.25, compiled], outputs[0.5, compiled])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_plain_accelerate_loop(accumulation: int) -> None:
+    """model(**batch).loss is all that a loop needs to know; num_items_in_batch makes accumulation exact."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model = tiny_llava().train()
+    torch.manual_seed(1)
+    attach_bottleneck(model, BottleneckConfig(alpha=0.0, beta=0.5))
+    loader = torch.utils.data.DataLoader(Samples(), 8 // accumulation, collate_fn=collate)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    items = (Samples().batch["labels"][:, 1:] != -100).sum()
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch, num_items_in_batch=items).loss
+            accelerator.backward(loss * accumulation)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    reference = tiny_llava().train()
+    torch.manual_seed(1)
+    attach_bottleneck(reference, BottleneckConfig(alpha=0.0, beta=0.5))
+    reference(**collate([Samples()[i] for i in range(8)])).loss.backward()
+    for name, parameter in reference.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
