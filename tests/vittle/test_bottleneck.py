@@ -268,6 +268,13 @@ def test_a_mask_that_contradicts_the_ids_is_refused() -> None:
         model(**batch, vision_mask=vision)
 
 
+def test_the_decoder_alone_is_not_bypassed_silently() -> None:
+    model, batch = tiny_llava(), make_batch()
+    attach_bottleneck(model)
+    with pytest.raises(UserError, match=r"the decoder ran outside LlavaForConditionalGeneration\.forward"):
+        model.get_decoder()(batch["input_ids"])
+
+
 def test_a_failed_pass_leaves_nothing_behind() -> None:
     model, batch = tiny_llava().train(), make_batch()
     attachment = attachment_of(model) if attach_bottleneck(model, BottleneckConfig(alpha=0.0)) else None

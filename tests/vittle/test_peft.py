@@ -179,3 +179,23 @@ def test_shards(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     other = tiny_llava()
     assert torch.equal(load_bottleneck(other, tmp_path).weight_out, model.bottleneck.weight_out)
+
+
+def test_a_base_in_four_bits(order: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    tiny_llava().save_pretrained(tmp_path / "model")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", quantization_config=four_bits)
+    if order == "before":
+        attach_bottleneck(base)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    if order == "after":
+        attach_bottleneck(model)
+    model.train()(**make_batch()).loss.backward()
+    bottleneck = model.get_base_model().bottleneck
+    assert type(base.get_decoder().layers[0].self_attn.q_proj.base_layer).__name__ == "Linear4bit"
+    assert all(p.dtype == torch.float32 and p.grad.any() for p in bottleneck.parameters())
+    model.save_pretrained(tmp_path / "adapters")
+    assert (tmp_path / "adapters" / "bottleneck.safetensors").exists()

@@ -157,7 +157,11 @@ class Attachment:
         """The hidden states (B, T, D) after a chosen layer, one modality's or both through the bottleneck."""
         tokens = self.tokens
         if tokens is None:
-            return hidden_states
+            kind = type(self.model).__name__
+            raise UserError(
+                f"the decoder ran outside {kind}.forward, so its bottleneck knows nothing of the batch; "
+                f"call the {kind}, or detach_bottleneck(model) first"
+            )
         masks = (tokens.vision, tokens.text_kl, tokens.kl_weights)
         output = self.module(hidden_states, *(m if m is None else m.to(hidden_states.device) for m in masks))
         if output.kl_vision is not None:
