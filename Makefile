@@ -41,6 +41,7 @@ test-slow: setup  ## what is too slow for every change
 
 bench: setup  ## the microbenchmarks, for this machine
 	$(BIN)/python benchmarks/bench_fused_ib.py --output runs/bench
+	$(BIN)/python benchmarks/bench_layer.py --output runs/bench
 	$(BIN)/python benchmarks/bench_scaling.py --output runs/bench
 
 STAGE ?= build
