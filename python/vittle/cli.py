@@ -11,7 +11,7 @@ from typing import Any
 from vittle.errors import UserError
 from vittle.methods.bottleneck import ALPHA_SCHEDULES, BottleneckConfig
 
-_EXTRAS = {"vittle.train": "train", "vittle.demo": "train"}
+_EXTRAS = {"vittle.train": "train", "vittle.demo": "train", "vittle.labels": "train"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,12 +44,39 @@ def _train(options: argparse.Namespace) -> None:
         bottleneck = BottleneckConfig(**{name: settings[name] for name in names})
     names = train.TrainConfig.__dataclass_fields__.keys() - {"bottleneck"}
     result = train.train(train.TrainConfig(bottleneck=bottleneck, **{name: settings[name] for name in names}))
-    print(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {options.output}")
+    waited = f"{100 * result.data_share:.1f} % of it waiting for data"
+    print(f"{result.steps} steps in {result.seconds:.0f} s, {waited}; the model is in {options.output}")
+
+
+def _labels(options: argparse.Namespace) -> None:
+    train, labels = _application("vittle.train"), _application("vittle.labels")
+    dataset = train.LlavaDataset(options.data, options.images, unique_ids=False, progress=sys.stderr.isatty())
+    templates = train.task_templates(options.loss, options.task_templates, dataset)
+    processor = train.load_processor(options.model)
+    collator = train.Collator(processor, options.max_length, loss=options.loss, task_templates=templates)
+    labels.show(dataset, collator, options.show, options.html)
 
 
 def _demo(options: argparse.Namespace) -> None:
     demo = _application("vittle.demo")
     demo.run(options.output, seed=options.seed)
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    """The options that say what a sample is and which of its tokens have labels."""
+    add = command.add_argument
+    add("--model", required=True, metavar="DIR|ID", help="folder or Hub id of the model")
+    add("--data", required=True, metavar="FILE", help="conversations in LLaVA's JSON format")
+    add("--images", required=True, metavar="DIR", help="folder that the records' image paths start from")
+    add("--max-length", type=int, default=2048, metavar="N", help="tokens of a sample, image tokens included")
+    add(
+        "--loss",
+        choices=("response", "instruct"),
+        default="response",
+        help="instruct (L2T): instructions have labels too",
+    )
+    add("--task-templates", default="20", metavar="K|FILE", help="sentences of instructions without labels: the K most "
+        "frequent of the data, or an edited task_templates.json")  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,15 +92,21 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of the data, the training and the corruptions")
     demo.set_defaults(run=_demo)
 
+    labels = commands.add_parser("labels", help="show which tokens of the data have labels",
+                                 description="Shows samples of the data, token by token: what is in the loss, what in "
+                                 "the KL, what is the template's.", formatter_class=formatter)  # fmt: skip
+    labels.set_defaults(run=_labels)
+    _add_data(labels)
+    labels.add_argument("--show", type=int, default=5, metavar="N", help="samples")
+    labels.add_argument("--html", metavar="FILE", help="write a page instead")
+
     train = commands.add_parser("train", help="tune a vision-language model on LLaVA's data",
                                 description="Tunes a Hugging Face vision-language model on a file in LLaVA's JSON "
                                 "format: CE + beta (KL_vision + KL_text). The defaults are the paper's.",
                                 formatter_class=formatter)  # fmt: skip
     train.set_defaults(run=_train)
+    _add_data(train)
     add = train.add_argument
-    add("--model", required=True, metavar="DIR|ID", help="folder or Hub id of the model")
-    add("--data", required=True, metavar="FILE", help="conversations in LLaVA's JSON format")
-    add("--images", required=True, metavar="DIR", help="folder that the records' image paths start from")
     add("--output", required=True, metavar="DIR", help="folder of the run; must be empty unless --resume")
     add("--plain", action="store_true", help="no bottleneck")
     add(
@@ -87,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--alpha", type=float, default=0.5, help="interpolation weight at the end of training")
     add("--alpha-schedule", choices=tuple(ALPHA_SCHEDULES), default="sigmoid", help="how alpha gets there")
     add("--beta", type=float, default=0.1, help="weight of the KL")
+    add("--tuning", choices=("full", "lora", "frozen"), default="full", help="frozen: the bottleneck alone")
+    add("--lora-rank", type=int, default=128, metavar="R", help="of LoRA's adapters")
+    add("--on-bad", choices=("stop", "skip"), default="stop", help="what a bad record does")
+    add("--repeated-ids", action="store_true", help="allow ids that repeat, as in LLaVA's released files")
+    add("--no-grouping", dest="group_by_length", action="store_false", help="batches of any lengths and modalities")
     add("--epochs", type=float, default=1.0, help="passes over the data")
     add(
         "--max-steps",
@@ -106,7 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--learning-rate", type=float, default=2e-5, metavar="LR", help="peak of the cosine schedule")
     add("--weight-decay", type=float, default=0.0, metavar="W", help="AdamW's")
     add("--warmup-ratio", type=float, default=0.03, metavar="R", help="share of the steps that warm up")
-    add("--max-length", type=int, default=2048, metavar="N", help="tokens of a sample, image tokens included")
     add("--tune-vision", action="store_true", help="tune the vision tower too")
     add("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
     add("--workers", type=int, default=2, metavar="N", help="processes that decode images")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used; the message, one line, says what it is and what it must be.
@@ -13,3 +15,9 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         label = f"{type(self).__module__}.{type(self).__qualname__}: "
         super().__init__(" ".join(message.rpartition(label)[2].strip().splitlines()))
+
+
+def shown(value: object) -> str:
+    """A JSON value as a message shows it: short and on one line."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

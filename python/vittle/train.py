@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from vittle.data import Collator, LlavaDataset
+from vittle.data import Collator, LlavaDataset, ModalityLengthSampler
 from vittle.errors import UserError
 from vittle.methods.bottleneck import (
     ALPHA_SCHEDULES,
@@ -32,6 +33,8 @@ from vittle.methods.bottleneck import (
     attachment_of,
     save_bottleneck,
 )
+from vittle.methods.instruct import Loss, TaskTemplates
+from vittle.methods.peft import base_model
 
 RUN_FILE = "vittle_run.json"
 """The run's settings, in its output folder."""
@@ -47,6 +50,13 @@ class TrainConfig:
     output: str
     bottleneck: BottleneckConfig | None = field(default_factory=BottleneckConfig)
     alpha_schedule: str = "sigmoid"
+    loss: Loss = "response"
+    task_templates: str = "20"
+    tuning: Literal["full", "lora", "frozen"] = "full"
+    lora_rank: int = 128
+    on_bad: Literal["stop", "skip"] = "stop"
+    repeated_ids: bool = False
+    group_by_length: bool = True
     epochs: float = 1.0
     max_steps: int = -1
     batch_size: int = 16
@@ -85,7 +95,31 @@ class AlphaCallback(TrainerCallback):
 
 
 class BottleneckTrainer(Trainer):
-    """transformers' Trainer, whose log also shows alpha, CE and the KL of each modality, and that resumes a LLaVA."""
+    """transformers' Trainer, whose log also shows alpha, CE and the KL of each modality, and that resumes a LLaVA.
+
+    It takes a LlavaDataset in the order of :class:`vittle.data.ModalityLengthSampler` where the arguments ask for
+    batches of like lengths (``train_sampling_strategy="group_by_length"``).
+    """
+
+    data_seconds = 0.0
+    """What training waited for data."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, timed."""
+        begin = time.perf_counter()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self.data_seconds += time.perf_counter() - begin
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, LlavaDataset):
+            return super()._get_train_sampler(train_dataset)
+        return ModalityLengthSampler(
+            data.lengths, data.image_counts, self.args.train_batch_size * self.args.gradient_accumulation_steps
+            * self.args.world_size, self.args.seed,
+        )  # fmt: skip
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """By from_pretrained, which knows the names under which save_pretrained writes a model.
@@ -104,7 +138,7 @@ class BottleneckTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the last step's values of the bottleneck to a training log."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = base_model(self.accelerator.unwrap_model(self.model))
         if "loss" in logs and hasattr(model, "bottleneck"):
             attachment = attachment_of(model)
             logs |= {name: round(float(value), 4) for name, value in attachment.metrics.items()}
@@ -121,6 +155,10 @@ class TrainResult:
     history: list[dict[str, float]]
     steps: int
     seconds: float
+    data_share: float
+    """Of the time, spent waiting for data."""
+    skipped: int
+    """Records that were bad."""
 
 
 def load_model(path: str) -> tuple[Any, Any]:
@@ -131,12 +169,26 @@ def load_model(path: str) -> tuple[Any, Any]:
     """
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-        return model, AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"model is {path!r}; must be a folder or Hub id of a vision-language model: {reason}"
-        ) from error
+        raise _no_model(path, error) from error
+    return model, load_processor(path)
+
+
+def load_processor(path: str) -> Any:
+    """A vision-language model's processor.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _no_model(path, error) from error
+
+
+def _no_model(path: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"model is {path!r}; must be a folder or Hub id of a vision-language model: {reason}")
 
 
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
@@ -151,8 +203,10 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     output = Path(config.output)
     checkpoint = _checkpoint_of(output, config.resume)
     set_seed(config.seed)
-    dataset = LlavaDataset(config.data, config.images)
+    dataset = _dataset(config)
     model, processor = load_model(config.model)
+    templates = task_templates(config.loss, config.task_templates, dataset)
+    collator = Collator(processor, config.max_length, loss=config.loss, task_templates=templates)
     if not config.tune_vision:
         freeze_vision(model)
     callbacks = list(callbacks or [])
@@ -160,24 +214,69 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         bottleneck = attach_bottleneck(model, config.bottleneck)
         schedule = ALPHA_SCHEDULES[config.alpha_schedule]
         callbacks.append(AlphaCallback(bottleneck, schedule, config.bottleneck.alpha))
+    model = _tuned(model, config)
 
     trainer = BottleneckTrainer(
         model=model,
         args=training_arguments(config),
         train_dataset=dataset,
-        data_collator=Collator(processor, config.max_length),
+        data_collator=collator,
         callbacks=callbacks,
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / RUN_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    if config.loss == "instruct":
+        templates.write(output)
     try:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         _end_progress(trainer)
     model.eval()
     save_run(model, processor, output)
+    seconds = outcome.metrics["train_runtime"]
     return TrainResult(
-        model, processor, trainer.state.log_history, outcome.global_step, outcome.metrics["train_runtime"]
+        model, processor, trainer.state.log_history, outcome.global_step, seconds,
+        trainer.data_seconds / seconds, len(dataset.bad),
+    )  # fmt: skip
+
+
+def _dataset(config: TrainConfig) -> LlavaDataset:
+    dataset = LlavaDataset(
+        config.data, config.images, on_bad=config.on_bad, unique_ids=not config.repeated_ids,
+        progress=Path(config.data).exists() and Path(config.data).stat().st_size > 1 << 26,
+    )  # fmt: skip
+    if dataset.bad:
+        print(f"{len(dataset.bad)} bad records are skipped, {len(dataset)} are used; the first bad one:")
+        print(dataset.bad[0])
+    return dataset
+
+
+def task_templates(loss: str, source: str, dataset: LlavaDataset) -> TaskTemplates:
+    """Read from a file, or so many counted over the data; none where the loss does not cover instructions."""
+    if loss != "instruct":
+        return TaskTemplates({})
+    if source.isdecimal():
+        return TaskTemplates.count(dataset.instructions(), int(source))
+    return TaskTemplates.read(source)
+
+
+def _tuned(model: Any, config: TrainConfig) -> Any:
+    """What is trained: all but a frozen vision tower, PEFT's adapters, or the bottleneck alone."""
+    if config.tuning == "full":
+        return model
+    if config.tuning == "frozen":
+        if config.bottleneck is None:
+            raise UserError("tuning is 'frozen' and there is no bottleneck; there would be nothing to train")
+        model.requires_grad_(False)
+        model.bottleneck.requires_grad_(True)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    layers = [name for name, module in model.named_modules() if module is model.get_decoder()]
+    names = [name for name, module in model.get_decoder().named_modules() if isinstance(module, nn.Linear)]
+    targets = [f"{layers[0]}.{name}" for name in names]
+    return get_peft_model(
+        model, LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=targets)
     )
 
 
@@ -200,6 +299,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         dataloader_num_workers=config.workers,
         dataloader_persistent_workers=config.workers > 0,
         remove_unused_columns=False,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         logging_steps=config.log_steps,
         save_strategy="steps" if config.save_steps > 0 else "no",
         save_steps=max(config.save_steps, 1),
@@ -217,11 +317,14 @@ def freeze_vision(model: nn.Module) -> None:
 
 def save_run(model: Any, processor: Any, output: Path) -> None:
     """Writes the model as transformers reads it, its processor, and the bottleneck beside them."""
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("bottleneck.")}
-    model.save_pretrained(output, state_dict=state)
     processor.save_pretrained(output)
-    if hasattr(model, "bottleneck"):
-        save_bottleneck(model, output)
+    if isinstance(model, PreTrainedModel):
+        state = {name: value for name, value in model.state_dict().items() if not name.startswith("bottleneck.")}
+        model.save_pretrained(output, state_dict=state)
+        if hasattr(model, "bottleneck"):
+            save_bottleneck(model, output)
+    else:
+        model.save_pretrained(output)
 
 
 def _end_progress(trainer: Trainer) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -144,3 +145,72 @@ def test_help_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch:
             main(command)
         text = capsys.readouterr().out
         assert text.startswith("usage: vittle") and max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--loss", "instruct"),
+        ("--loss", "instruct", "--tuning", "lora", "--lora-rank", "4", "--prior", "learnable"),
+        ("--tuning", "frozen"),
+        ("--tuning", "lora", "--lora-rank", "4", "--plain"),
+    ],
+    ids=" ".join,
+)
+def test_ways_of_tuning(small: Path, data: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    output = tmp_path / "run"
+    assert main(arguments(small, data, output, "--save-steps", "0", *options)) == 0
+    before = LlavaForConditionalGeneration.from_pretrained(small, dtype=torch.float32)
+    has_bottleneck = "--plain" not in options
+    assert (output / "bottleneck.safetensors").exists() == has_bottleneck
+    assert (output / "task_templates.json").exists() == ("instruct" in options)
+    if "lora" in options:
+        model = PeftModel.from_pretrained(before, output)
+        assert all("language_model" in name for name, _ in model.named_parameters() if "lora_" in name)
+        assert any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
+    else:
+        model = LlavaForConditionalGeneration.from_pretrained(output, dtype=torch.float32)
+        weights = before.state_dict()
+        is_same = all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+        assert is_same == ("frozen" in options)
+    if has_bottleneck:
+        assert load_bottleneck(model, output).weight_in.any()
+
+
+def test_the_loss_on_instructions_differs_and_its_templates_can_be_edited(
+    small: Path, data: Path, tmp_path: Path
+) -> None:
+    from vittle.train import TrainConfig, train
+
+    def first_loss(name: str, **settings: str) -> float:
+        config = TrainConfig(
+            str(small), str(data), str(data.parent / "images"), str(tmp_path / name), None,
+            batch_size=4, max_steps=1, log_steps=1, save_steps=0, workers=0, **settings,
+        )  # fmt: skip
+        return train(config).history[0]["loss"]
+
+    response, instruct = first_loss("response"), first_loss("instruct", loss="instruct", task_templates="0")
+    assert response != instruct
+    counted = first_loss("counted", loss="instruct", task_templates="3")
+    templates = json.loads((tmp_path / "counted" / "task_templates.json").read_text())
+    assert len(templates) == 3 and list(templates.values()) == sorted(templates.values(), reverse=True)
+    assert (
+        first_loss("again", loss="instruct", task_templates=str(tmp_path / "counted" / "task_templates.json"))
+        == counted
+    )
+    assert counted not in (response, instruct)
+
+
+def test_bad_records_are_skipped_on_demand_and_counted(
+    small: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = json.loads(data.read_text())
+    records[3]["image"] = "missing.png"
+    records[5] = dict(records[4])
+    bad = data.parent / "bad.json"
+    bad.write_text(json.dumps(records))
+    assert main(arguments(small, bad, tmp_path / "run")) == 2
+    assert f"{bad}: record 3 (id " in capsys.readouterr().err
+    assert main(arguments(small, bad, tmp_path / "run", "--on-bad", "skip", "--save-steps", "0")) == 0
+    printed = capsys.readouterr().out
+    assert "2 bad records are skipped, 22 are used; the first bad one:" in printed and "missing.png" in printed

@@ -2,6 +2,7 @@
 
 from vittle.data.collate import Collator
 from vittle.data.llava import LlavaDataset, Record, parse_record
+from vittle.data.sampler import ModalityLengthSampler
 from vittle.data.template import ChatTemplate
 
-__all__ = ["ChatTemplate", "Collator", "LlavaDataset", "Record", "parse_record"]
+__all__ = ["ChatTemplate", "Collator", "LlavaDataset", "ModalityLengthSampler", "Record", "parse_record"]

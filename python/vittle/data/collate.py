@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 from vittle.data.llava import Item
 from vittle.data.template import ChatTemplate, Kind, Rendering
 from vittle.errors import UserError
+from vittle.methods.instruct import Loss, TaskTemplates
 
 IGNORED = -100
 
@@ -19,11 +20,24 @@ IGNORED = -100
 class Collator:
     """Collates the items of a `LlavaDataset` for a processor's model; it can be pickled.
 
+    Args:
+        processor: a vision-language model's.
+        max_length: tokens of a sample, image tokens included.
+        loss: what has labels: "response", LLaVA's; or "instruct", L2T's, instructions too.
+        task_templates: sentences of instructions that get no label under "instruct".
+
     Raises:
         UserError: the processor has no chat template, no fast tokenizer or no padding token.
     """
 
-    def __init__(self, processor: ProcessorMixin, max_length: int = 2048) -> None:
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        max_length: int = 2048,
+        *,
+        loss: Loss = "response",
+        task_templates: TaskTemplates | None = None,
+    ) -> None:
         tokenizer = processor.tokenizer
         if not tokenizer.is_fast:
             raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; it must be a fast one")
@@ -31,6 +45,8 @@ class Collator:
             raise UserError(f"{type(tokenizer).__name__} has no padding token; set its `pad_token`")
         self.processor: Any = processor
         self.max_length = max_length
+        self.labelled = [Kind.RESPONSE] + [Kind.INSTRUCTION] * (loss == "instruct")
+        self.task_templates = task_templates or TaskTemplates({})
         self.template = ChatTemplate(processor)
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -39,9 +55,10 @@ class Collator:
         A token that straddles a border goes with its first character that is not white space.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, int64 (B, L): labels are the ids in responses and -100
-            elsewhere. `instruction_mask`, bool (B, L). What else the processor returns, such as
-            `pixel_values`, float32 (images, 3, height, width) for LLaVA, which a batch without images lacks.
+            `input_ids`, `attention_mask` and `labels`, int64 (B, L): labels are the ids in responses (and, by `loss`,
+            in instructions) and -100 elsewhere. `instruction_mask`, bool (B, L), whatever the loss. What else the
+            processor returns, such as `pixel_values`, float32 (images, 3, height, width) for LLaVA, which a batch
+            without images lacks.
 
         Raises:
             UserError: a chat cannot be rendered, or `max_length` would cut image tokens or leave no label.
@@ -51,13 +68,13 @@ class Collator:
         batch = self._process([r.text for r in renderings], [item["images"] for item in items])
         offsets = batch.pop("offset_mapping").tolist()
         replacements = batch.pop("text_replacement_offsets")
-        kinds = [_token_kinds(*row) for row in zip(renderings, replacements, offsets, strict=True)]
+        kinds = [self._token_kinds(*row) for row in zip(renderings, replacements, offsets, strict=True)]
         for item, row in zip(items, kinds, strict=True):
             self._check_length(item, row)
 
         ids, kind = batch["input_ids"], torch.tensor(kinds)
-        batch["labels"] = ids.where(kind == Kind.RESPONSE, IGNORED)
-        batch["instruction_mask"] = kind == Kind.INSTRUCTION
+        batch["labels"] = ids.where(torch.isin(kind, torch.tensor(self.labelled)), IGNORED)
+        batch["instruction_mask"] = (kind == Kind.INSTRUCTION) | (kind == Kind.TASK_TEMPLATE)
         return {k: v[:, : self.max_length] if v.shape[:2] == ids.shape else v for k, v in batch.items()}
 
     def _render(self, item: Item) -> Rendering:
@@ -90,6 +107,23 @@ class Collator:
             raise UserError(f"{type(self.processor).__name__} does not tell where it puts image tokens")
         return dict(batch)
 
+    def _token_kinds(
+        self, rendering: Rendering, replacements: Sequence[Mapping[str, Any]], offsets: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """The kind of each token; the offsets are in the text with the images' placeholders replaced."""
+        text = rendering.text
+        kinds = bytearray(len(text))
+        for start, end, kind in rendering.spans:
+            kinds[start:end] = bytes([kind]) * (end - start)
+            if kind == Kind.INSTRUCTION:
+                for i, j in self.task_templates.spans(text[start:end]):
+                    kinds[start + i : start + j] = bytes([Kind.TASK_TEMPLATE]) * (j - i)
+        for replacement in reversed(replacements):
+            (start, end), expanded = replacement["span"], replacement["replacement"]
+            text = text[:start] + expanded + text[end:]
+            kinds[start:end] = bytes([Kind.IMAGE]) * len(expanded)
+        return [kinds[_owner(text, start, end)] if end else Kind.TEMPLATE for start, end in offsets]
+
     def _check_length(self, item: Item, kinds: list[int]) -> None:
         last_image = max((i for i, kind in enumerate(kinds) if kind == Kind.IMAGE), default=-1)
         needed = 1 + max(last_image, kinds.index(Kind.RESPONSE))
@@ -98,21 +132,6 @@ class Collator:
                 f"record {item['id']!r}: max_length {self.max_length} cuts image tokens or the whole answer; "
                 f"raise max_length to {needed} or more"
             )
-
-
-def _token_kinds(
-    rendering: Rendering, replacements: Sequence[Mapping[str, Any]], offsets: Sequence[tuple[int, int]]
-) -> list[int]:
-    """The kind of each token; the offsets are in the text with the images' placeholders replaced."""
-    text = rendering.text
-    kinds = bytearray(len(text))
-    for start, end, kind in rendering.spans:
-        kinds[start:end] = bytes([kind]) * (end - start)
-    for replacement in reversed(replacements):
-        (start, end), expanded = replacement["span"], replacement["replacement"]
-        text = text[:start] + expanded + text[end:]
-        kinds[start:end] = bytes([Kind.IMAGE]) * len(expanded)
-    return [kinds[_owner(text, start, end)] if end else Kind.TEMPLATE for start, end in offsets]
 
 
 def _owner(text: str, start: int, end: int) -> int:

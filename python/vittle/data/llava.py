@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, Literal, TypedDict
 
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
-from vittle.errors import UserError
+from vittle.data.index import Index, read_record, scan
+from vittle.errors import UserError, shown
 
 MARKER = "<image>"
 
@@ -49,38 +52,115 @@ class Record:
 
 
 class LlavaDataset(Dataset[Item]):
-    """The conversations of one LLaVA JSON file.
+    """The conversations of one LLaVA JSON file, which may be of any size: in memory is where each one lies.
 
-    All records are validated here, down to the existence of their image files; images are decoded on access.
+    All records are validated here, down to the existence of their image files; records are read and images decoded
+    on access, in whatever process.
+
+    Args:
+        path: the JSON list.
+        images: the folder that image paths start from.
+        on_bad: "stop" at the first bad record; or "skip" it, its message going to ``bad``. A record whose image turns
+            out to be broken on access gives way to the one after it then, and says so on standard error.
+        unique_ids: whether an id that stands twice makes a bad record. The released files repeat ids.
+        progress: whether a bar shows while the file is read.
 
     Raises:
         UserError: the file, the image folder or a record is not as it must be, or, on access, an image cannot
             be decoded. The message names the file and the record.
     """
 
-    def __init__(self, path: str | os.PathLike[str], images: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        folder = Path(images).resolve()
-        if not folder.is_dir():
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        images: str | os.PathLike[str],
+        *,
+        on_bad: Literal["stop", "skip"] = "stop",
+        unique_ids: bool = True,
+        progress: bool = False,
+    ) -> None:
+        self.path, self.on_bad = Path(path), on_bad
+        self._folder = Path(images).resolve()
+        if not self._folder.is_dir():
             raise UserError(f"the image folder {images} is missing or not a folder")
-        self._records = [self._parse(index, raw, folder) for index, raw in enumerate(_read(self.path))]
+        self.bad: list[str] = []
+        self._index = self._build(unique_ids, progress)
+        if not len(self._index):
+            raise UserError(f"{self.path} has no good record; the first of {len(self.bad)} bad ones: {self.bad[0]}")
+        self._file: tuple[int, BinaryIO] | None = None
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._index)
 
     def __getitem__(self, index: int) -> Item:
-        record = self._records[index]
-        try:
-            images = [_decode(file) for file in record.images]
-        except UserError as error:
-            raise self._located(error, index, record.id) from error
-        return {"id": record.id, "messages": record.messages, "images": images}
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        for following in range(len(self)):
+            position = (index + following) % len(self)
+            record = self.record(position)
+            try:
+                images = [_decode(file) for file in record.images]
+            except UserError as error:
+                located = self._located(error, self._index.positions[position], record.id)
+                if self.on_bad == "stop":
+                    raise located from error
+                print(f"skipped: {located}", file=sys.stderr, flush=True)
+                continue
+            return {"id": record.id, "messages": record.messages, "images": images}
+        raise UserError(f"{self.path} has no record whose images can be decoded")
 
-    def _parse(self, index: int, raw: object, folder: Path) -> Record:
-        try:
-            return parse_record(raw, folder)
-        except UserError as error:
-            raise self._located(error, index, raw.get("id") if isinstance(raw, dict) else None) from None
+    def record(self, index: int) -> Record:
+        """A record without its images decoded."""
+        raw = read_record(self._opened(), self._index.offsets[index], self._index.sizes[index])
+        return parse_record(raw, self._folder)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The characters of each record's turns: how long it is, roughly."""
+        return self._index.characters
+
+    @property
+    def image_counts(self) -> Sequence[int]:
+        """How many images each record has, 255 at most."""
+        return self._index.images
+
+    def instructions(self) -> Iterator[str]:
+        """The texts of all instructions, in order, images left out."""
+        for index in range(len(self)):
+            for message in self.record(index).messages[::2]:
+                yield from (part["text"] for part in message["content"] if part["type"] == "text")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
+
+    def _opened(self) -> BinaryIO:
+        """The file, opened once in each process: a worker must not share its parent's place in it."""
+        if self._file is None or self._file[0] != os.getpid():
+            self._file = os.getpid(), self.path.open("rb")
+        return self._file[1]
+
+    def _build(self, unique_ids: bool, progress: bool) -> Index:
+        index, first = Index(), dict[int, int]()
+        total = self.path.stat().st_size if self.path.exists() else 0
+        with tqdm(total=total, unit="B", unit_scale=True, desc="reading data", disable=not progress) as bar:
+            for position, found in enumerate(scan(self.path)):
+                bar.update(found.offset + found.size - bar.n)
+                try:
+                    record = parse_record(found.value, self._folder)
+                    earlier = first.setdefault(hash(record.id), position) if unique_ids else position
+                    if earlier != position:
+                        raise UserError(
+                            f"record {earlier} has this id too; ids must differ, unless you allow repeated ids"
+                        )
+                except UserError as error:
+                    raw = found.value
+                    located = self._located(error, position, raw.get("id") if isinstance(raw, dict) else None)
+                    if self.on_bad == "stop":
+                        raise located from None
+                    self.bad.append(str(located))
+                    continue
+                index.add(found, position, sum(map(len, record.turns)), len(record.images))
+        return index
 
     def _located(self, error: UserError, index: int, id: object) -> UserError:
         return UserError(f"{self.path}: record {index} (id {_found(id)}): {error}")
@@ -94,7 +174,7 @@ def parse_record(raw: object, folder: Path) -> Record:
             outside the folder. The message leaves the record's name to the caller.
     """
     if not isinstance(raw, dict):
-        raise UserError(f"it is {_shown(raw)}; it must be an object with `id` and `conversations`")
+        raise UserError(f"it is {shown(raw)}; it must be an object with `id` and `conversations`")
     id = raw.get("id")
     if not isinstance(id, str | int):
         raise UserError(f"`id` is {_found(id)}; it must be a string or an integer")
@@ -115,7 +195,7 @@ def _turns(conversations: object) -> tuple[str, ...]:
     for index, (turn, role) in enumerate(zip(conversations, cycle(("human", "gpt")), strict=False)):
         where = f"conversations[{index}]"
         if not isinstance(turn, dict):
-            raise UserError(f"{where} is {_shown(turn)}; it must be an object with `from` and `value`")
+            raise UserError(f"{where} is {shown(turn)}; it must be an object with `from` and `value`")
         speaker = turn.get("from")
         if speaker != role:
             raise UserError(f'{where}.from is {_found(speaker)}; it must be "{role}": turns alternate, human first')
@@ -144,23 +224,23 @@ def _image_names(image: object) -> list[str]:
     listed = [] if image is None else image if isinstance(image, list) else [image]
     names = [name for name in listed if isinstance(name, str) and name]
     if len(names) != len(listed):
-        raise UserError(f"`image` is {_shown(image)}; it must be a path or a list of paths")
+        raise UserError(f"`image` is {shown(image)}; it must be a path or a list of paths")
     return names
 
 
 def _image_file(name: str, folder: Path) -> Path:
-    shown = _shown(name)
+    named = shown(name)
     if Path(name).is_absolute():
-        raise UserError(f"image {shown} is an absolute path; it must be relative to the image folder")
+        raise UserError(f"image {named} is an absolute path; it must be relative to the image folder")
     try:
         file = (folder / name).resolve()
         exists = file.is_file()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"image {shown} cannot be looked up ({error}); it must be a readable file") from None
+        raise UserError(f"image {named} cannot be looked up ({error}); it must be a readable file") from None
     if not file.is_relative_to(folder):
-        raise UserError(f"image {shown} leads to {file}; it must stay inside the image folder {folder}")
+        raise UserError(f"image {named} leads to {file}; it must stay inside the image folder {folder}")
     if not exists:
-        raise UserError(f"image {shown} is missing; it must be a file in the image folder {folder}")
+        raise UserError(f"image {named} is missing; it must be a file in the image folder {folder}")
     return file
 
 
@@ -178,28 +258,6 @@ def _decode(file: Path) -> Image.Image:
         raise UserError(f"image {file} cannot be decoded ({error}); it must be a whole image file") from error
 
 
-def _read(path: Path) -> list[object]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON or is cut short ({error}); it must be a list of records") from None
-    if not isinstance(raw, list):
-        raise UserError(f"{path} holds {_shown(raw)}; it must hold a list of records")
-    if not raw:
-        raise UserError(f"{path} holds an empty list; it must hold at least one record")
-    return raw
-
-
 def _found(field: object) -> str:
     """A field's value as a message shows it."""
-    return "missing or null" if field is None else _shown(field)
-
-
-def _shown(value: object) -> str:
-    """A JSON value as a message shows it: short and on one line."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "missing or null" if field is None else shown(field)

@@ -26,6 +26,7 @@ class Kind(IntEnum):
     INSTRUCTION = 1
     RESPONSE = 2
     IMAGE = 3
+    TASK_TEMPLATE = 4
 
 
 class Span(NamedTuple):

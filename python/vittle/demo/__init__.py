@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "max_length": 128,
     "workers": 0,
+    "group_by_length": False,
     "save_steps": 0,
     "log_steps": 100,
 }
