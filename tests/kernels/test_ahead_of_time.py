@@ -107,3 +107,14 @@ def test_diagnosis() -> None:
     result = subprocess.run([sys.executable, "-m", "vittle_kernels"], capture_output=True, text=True, check=True)
     for word in ("torch", "triton", "CPU instructions", "CUDA kernels", "eager   available"):
         assert word in result.stdout
+
+
+def test_what_the_jit_would_launch_compiles(tmp_path: Path) -> None:
+    """On a GPU Triton specialises a kernel to its arguments: one token, one group, no offsets, a width of 1."""
+    pytest.importorskip("triton")
+    program = Path(__file__).with_name("jit_specialised.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(program.parent)}
+    result = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(result.stdout.splitlines()) == 13

@@ -111,7 +111,8 @@ if triton is not None:
             last += (end - begin + ROWS - 1) // ROWS
         return begin, end, first, last
 
-    @triton.jit
+    # A count that happens to be 1 stays an argument: the JIT would compile anew for it, as a constant without a type.
+    @triton.jit(do_not_specialize=["groups"])
     def _forward_kernel(
         hidden, hidden_inner, hidden_outer_stride, hidden_inner_stride,
         posterior, posterior_inner, posterior_outer_stride, posterior_inner_stride,
@@ -153,7 +154,7 @@ if triton is not None:
             row_twice_kl += tl.where(mask, twice_kl, 0.0)
         tl.store(kl + token, 0.5 * tl.sum(row_twice_kl, 0) / width)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["groups", "tokens"])
     def _backward_kernel(
         grad_out, grad_inner, grad_outer_stride, grad_inner_stride,
         posterior, posterior_inner, posterior_outer_stride, posterior_inner_stride,
@@ -223,7 +224,7 @@ if triton is not None:
             tl.store(partials + block * 2 * width + c, dm, mask=mask)
             tl.store(partials + block * 2 * width + width + c, dv, mask=mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["groups", "tokens"])
     def _sum_partials_kernel(
         partials, grad_prior, offsets, groups, tokens, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr
     ):
@@ -250,7 +251,7 @@ def forward(problem: Problem, hidden: Tensor) -> tuple[Tensor, Tensor]:
         with _device(hidden):
             _forward_kernel[(problem.tokens,)](
                 *hidden_rows, *posterior_rows, out, kl, problem.alpha, problem.seed,
-                problem.rows, prior, problem.offsets, problem.groups, problem.width, _bound(problem),
+                problem.rows, prior, _offsets(problem), problem.groups, problem.width, _bound(problem),
                 ONE_LEVEL=_one_level(problem, hidden_rows, posterior_rows),
                 HAS_ROWS=problem.rows is not None, HAS_PRIOR=prior is not None, BLOCK=_block(problem.width),
                 **_LAUNCH,
@@ -273,7 +274,7 @@ def backward(
         _backward_kernel[(blocks, triton.cdiv(width, block))](
             *grad_rows, *posterior_rows,
             grad_kl.to(torch.float32).contiguous(), grad_hidden, grad_posterior, partials,
-            problem.alpha, problem.seed, problem.rows, prior, problem.offsets, problem.groups,
+            problem.alpha, problem.seed, problem.rows, prior, _offsets(problem), problem.groups,
             problem.tokens, width, _bound(problem),
             NEED_HIDDEN=need_hidden, ONE_LEVEL=_one_level(problem, grad_rows, posterior_rows),
             HAS_ROWS=problem.rows is not None, HAS_PRIOR=prior is not None, BLOCK=block, ROWS=ROWS_PER_BLOCK, **_LAUNCH,
@@ -283,7 +284,7 @@ def backward(
         assert problem.prior is not None
         grad_prior = torch.empty((problem.groups, 2 * width), dtype=torch.float32, device=device)
         _sum_partials_kernel[(triton.cdiv(2 * width, 128), problem.groups)](
-            partials, grad_prior, problem.offsets, problem.groups, problem.tokens, 2 * width,
+            partials, grad_prior, _offsets(problem), problem.groups, problem.tokens, 2 * width,
             BLOCK=128, ROWS=ROWS_PER_BLOCK, **_LAUNCH,
         )  # fmt: skip
     return grad_hidden, grad_posterior, grad_prior.to(problem.prior.dtype).view(problem.prior.shape)
@@ -296,6 +297,11 @@ def _one_level(problem: Problem, *layouts: RowLayout) -> bool:
 def _block(width: int) -> int:
     """Columns a program handles at a time: 8 a thread in rows that are long enough."""
     return int(min(1024, max(16, triton.next_power_of_2(width))))
+
+
+def _offsets(problem: Problem) -> Tensor:
+    """Of one group nobody reads them, but a kernel that may read them cannot be compiled for None."""
+    return problem.seed if problem.offsets is None else problem.offsets
 
 
 def _bound(problem: Problem) -> float:
