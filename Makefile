@@ -45,8 +45,11 @@ bench: setup  ## the microbenchmarks, for this machine
 	$(BIN)/python benchmarks/bench_scaling.py --output runs/bench
 
 STAGE ?= build
+MINUTES ?= 7
+COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)
+RESULTS ?= benchmarks/results
 gpu-check:  ## STAGE=build|test|sanitize|op|layer|step on a GPU machine, with the packages of PYTHON
-	$(PYTHON) benchmarks/gpu_check.py $(STAGE) --output benchmarks/results
+	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu_check.py $(STAGE) --minutes $(MINUTES) --commit '$(COMMIT)' --output $(RESULTS)
 
 clean:  ## remove the environment, builds and runs
 	rm -rf $(VENV) build runs *.egg-info vittle_kernels/*.so .pytest_cache .mypy_cache .ruff_cache

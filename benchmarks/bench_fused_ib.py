@@ -38,10 +38,11 @@ def forward(op: Op, inputs: Inputs) -> Step:
 def backward(op: Op, inputs: Inputs) -> Step:
     """The graph is there already. Gradients are returned, not accumulated: nobody pays for a ``.grad``."""
     graph: list[tuple[torch.Tensor, torch.Tensor]] = []
+    grad_kl = {dtype: inputs.grad_kl.to(dtype) for dtype in (inputs.grad_kl.dtype, torch.float32)}
 
     def run() -> None:
         out, kl = graph.pop()
-        torch.autograd.grad((out, kl), inputs.leaves, (inputs.grad_out, inputs.grad_kl.to(kl.dtype)))
+        torch.autograd.grad((out, kl), inputs.leaves, (inputs.grad_out, grad_kl[kl.dtype]))
 
     return Step(run, before=lambda: graph.append(op(inputs.hidden, inputs.posterior, inputs.prior)))
 
@@ -64,11 +65,21 @@ def steps_on(device: torch.device) -> list[Callable[[Op, Inputs], Step]]:
 
 def copy_steps(inputs: Inputs) -> Iterator[tuple[str, Step]]:
     """The floor: as many bytes as the fused op must move, between two buffers that are there already."""
-    source = torch.zeros(5 * inputs.hidden.numel(), dtype=inputs.hidden.dtype, device=inputs.hidden.device)
+    source = torch.empty(5 * inputs.hidden.numel(), dtype=inputs.hidden.dtype, device=inputs.hidden.device)
+    source.normal_()  # zeros may be copied faster
     target = torch.zeros_like(source)
     for name in (make.__name__ for make in steps_on(inputs.hidden.device)):
         count = MOVED[name] // 2 * inputs.hidden.numel()  # a copy reads and writes
         yield name, Step(partial(target[:count].copy_, source[:count]))
+
+
+def runs(entrant: Contender, inputs: Inputs) -> str | None:
+    """None where a contender that is not ours can be called on a problem."""
+    try:
+        forward_backward(entrant.op, inputs).run()
+    except Exception as error:  # of many kinds
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return None
 
 
 def compare(entrants: Sequence[Contender], inputs: Inputs, turns: int, facts: Entry) -> list[Entry]:
@@ -83,9 +94,14 @@ def compare(entrants: Sequence[Contender], inputs: Inputs, turns: int, facts: En
     }
     device = inputs.hidden.device
     entrants = [each for each in entrants if each.takes_prior or inputs.prior is None]
-    failures = {each.name: failure(each.backend, inputs) if each.backend else None for each in entrants}
+    failures = {each.name: failure(each.backend, inputs) if each.backend else runs(each, inputs) for each in entrants}
     sound = [each for each in entrants if failures[each.name] is None]
-    steps = {(each.name, make.__name__): make(each.op, inputs) for each in sound for make in steps_on(device)}
+    steps = {
+        (each.name, make.__name__): make(each.op, inputs)
+        for each in sound
+        for make in steps_on(device)
+        if not (each.draws_on_host and make is backward)  # eager's own, after seconds of drawing
+    }
     kept = {each.name: kept_bytes(partial(each.op, *inputs[:3])) for each in sound}
     peaks = {key: peak_bytes(step, device) for key, step in steps.items()}
     if any(each.backend in ("cpu", "cuda") for each in sound):

@@ -58,26 +58,31 @@ class EagerBottleneck(nn.Module):
 
 
 def failure(backend: str, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """None where the op is right in this dtype, and FusedIB has EagerBottleneck's KL and gradients in fp32.
+    """None where the op is right in this dtype, and FusedIB has EagerBottleneck's KL and gradients in it and in fp32.
 
-    alpha is 0 in the comparison of the layers, so that no noise touches it.
+    alpha is 0 in the comparison of the layers, so that no noise touches it. The reference is in fp32; half precision
+    may differ by 2 % of the largest value, after two matrix products and a GELU.
     """
-    inputs = make_inputs(64, width, dtype, False, device)
-    if why := op_failure(resolve_backend(backend, device.type, device.index, False), inputs):
-        return why
-    fused = FusedIB(width, alpha=0.0, backend=backend).to(device)
-    reference = EagerBottleneck(fused, torch.float32)
-    hidden = inputs.hidden.detach().float().view(2, 32, width).requires_grad_()
-    vision = (torch.arange(32, device=device) % 3 > 0).expand(2, 32)
     try:
-        results = []
-        for layer in (fused, reference):
-            output = layer(hidden, vision)
-            loss = output.hidden_states.square().mean() + output.kl_vision + output.kl_text
-            results.append((output.kl_vision, output.kl_text, *torch.autograd.grad(loss, hidden)))
-        for value, true_value in zip(*results, strict=True):
-            atol = 1e-4 * true_value.abs().max().item()
-            torch.testing.assert_close(value, true_value, rtol=0, atol=atol)
-    except (AssertionError, RuntimeError) as error:
-        return " ".join(str(error).split())
+        inputs = make_inputs(64, width, dtype, False, device)
+        if why := op_failure(resolve_backend(backend, device.type, device.index, False), inputs):
+            return why
+        fused = FusedIB(width, alpha=0.0, backend=backend).to(device)
+        reference = EagerBottleneck(fused, torch.float32)
+        vision = (torch.arange(32, device=device) % 3 > 0).expand(2, 32)
+        for each in dict.fromkeys((torch.float32, dtype)):
+            states = inputs.hidden.detach().view(2, 32, width)
+            results = []
+            for layer, leaf in ((fused, states.to(each, copy=True)), (reference, states.float())):
+                output = layer(leaf.requires_grad_(), vision)
+                loss = output.hidden_states.float().square().mean() + output.kl_vision + output.kl_text
+                weights = [layer.weight_in] if layer is fused else [head[0].weight for head in layer.heads]
+                grad, *grads = torch.autograd.grad(loss, [leaf, *weights])
+                grads = grads[0] if layer is fused else torch.stack(grads)
+                results.append((output.kl_vision, output.kl_text, grad, grads))
+            for value, true_value in zip(*results, strict=True):
+                atol = (1e-4 if each == torch.float32 else 2e-2) * true_value.abs().max().item()
+                torch.testing.assert_close(value.float(), true_value, rtol=0, atol=atol)
+    except Exception as error:  # of many kinds: wrong numbers, a kernel that does not compile, ...
+        return " ".join(f"{type(error).__name__}: {error}".split())
     return None

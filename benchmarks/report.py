@@ -34,7 +34,7 @@ def by_problem(entries: Iterable[Entry]) -> dict[Problem, Contenders]:
 
 def speedup(contenders: Contenders, contender: str, step: str, baseline: str = "eager") -> float | None:
     """The baseline's median over this one's."""
-    if contender in FLOORS or baseline not in contenders:
+    if contender in FLOORS or step not in contenders.get(baseline, {}):
         return None
     return median(contenders[baseline][step]) / median(contenders[contender][step])
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _forward_kernel(
     hidden, posterior, out, eps, kl, seed, alpha, bound, width, BLOCK: tl.constexpr
 ):  # fmt: skip

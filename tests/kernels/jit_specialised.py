@@ -28,7 +28,9 @@ class Driver:
         return 0
 
 
-def compile_both(tokens: int, width: int, groups: int, permuted: bool, bound: float | None = 2.3, **dtypes: object) -> None:
+def compile_both(
+    tokens: int, width: int, groups: int, permuted: bool, bound: float | None = 2.3, **dtypes: object
+) -> None:
     inputs = make_inputs(tokens, width, groups=groups, permuted=permuted, **dtypes)
     seed, alpha = torch.tensor([7]), torch.tensor(0.3)
     problem = Problem(inputs.posterior, alpha, inputs.prior, inputs.rows, inputs.offsets, seed, bound)

@@ -157,8 +157,10 @@ def test_what_a_machine_lacks_is_named(
         why_cuda_unavailable=cuda_on_host.why_cuda_unavailable,
     )
     monkeypatch.setattr(native, "_native", built)
+    monkeypatch.setattr(cuda, "_served", set())
     assert cuda.why_unavailable(None) is None
     monkeypatch.setenv(setting, value)
+    cuda._served.clear()  # a device that works is not asked again
     message = f"built for sm_80, sm_90, sm_100 and PTX of sm_100 with CUDA 13.0, but: {reason}"
     assert cuda.why_unavailable(None) == message
     monkeypatch.delenv(setting)
