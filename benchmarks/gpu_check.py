@@ -141,11 +141,11 @@ def _run_command(
                 process.wait()
         file.seek(start)
         output = file.read()
-    passed = expected(process.returncode, output)
+    passed, text = expected(process.returncode, output), detail(output)
     check.results.content["checks"][key] = {
-        "passed": passed, "detail": detail(output), "seconds": time.monotonic() - begin, "machine": check.facts,
+        "passed": passed, "detail": text, "seconds": time.monotonic() - begin, "machine": check.facts,
     }  # fmt: skip
-    print(detail(output) if passed else output[-6000:])
+    print(text if passed else output[-6000:])
 
 
 def build(check: Check) -> list[Item]:
@@ -189,7 +189,8 @@ def _counts(report: Path, output: str) -> str:
         return output.strip().rpartition("\n")[2]
     suite = ElementTree.parse(report).getroot().find("testsuite")
     report.unlink()
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "skipped", "failures", "errors")} if suite else {}
+    assert suite is not None
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "skipped", "failures", "errors")}
     return ", ".join(f"{value} {name}" for name, value in counts.items())
 
 
