@@ -119,7 +119,9 @@ class _Scanner:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.text[end - 1] in '}]"' or not self._more():
+                following = self.text[end : end + 1]
+                is_whole = self.text[end - 1] in '}]"' or following and following not in ".eE+-0123456789"
+                if is_whole or not self._more():
                     self._move(end)
                     return value
             except json.JSONDecodeError as error:
