@@ -11,7 +11,7 @@ from typing import Any
 from vittle.errors import UserError
 from vittle.methods.bottleneck import ALPHA_SCHEDULES, BottleneckConfig
 
-_EXTRAS = {"vittle.train": "train", "vittle.demo": "train", "vittle.labels": "train"}
+_EXTRAS = {"vittle.train": "train", "vittle.demo": "train", "vittle.labels": "train", "vittle.assemble": "train"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,11 @@ def _train(options: argparse.Namespace) -> None:
     train = _application("vittle.train")
     settings = vars(options)
     bottleneck = None
-    if not options.plain:
+    if options.stage == "align":
+        settings["learning_rate"] = options.learning_rate or 1e-3
+    else:
+        settings["learning_rate"] = options.learning_rate or 2e-5
+    if not options.plain and options.stage != "align":
         names = BottleneckConfig.__dataclass_fields__
         bottleneck = BottleneckConfig(**{name: settings[name] for name in names})
     names = train.TrainConfig.__dataclass_fields__.keys() - {"bottleneck"}
@@ -55,6 +59,11 @@ def _labels(options: argparse.Namespace) -> None:
     processor = train.load_processor(options.model)
     collator = train.Collator(processor, options.max_length, loss=options.loss, task_templates=templates)
     labels.show(dataset, collator, options.show, options.html)
+
+
+def _assemble(options: argparse.Namespace) -> None:
+    _application("vittle.assemble").assemble(options.vision, options.language, options.output, seed=options.seed)
+    print(f"the model is in {options.output}; its projector is random: vittle train --stage align")
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -100,6 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     labels.add_argument("--show", type=int, default=5, metavar="N", help="samples")
     labels.add_argument("--html", metavar="FILE", help="write a page instead")
 
+    assemble = commands.add_parser("assemble", help="make a LLaVA of a vision tower and a language model",
+                                   description="Makes a Hugging Face LLaVA of a vision tower and a language model; "
+                                   "its projector starts at random.", formatter_class=formatter)  # fmt: skip
+    assemble.set_defaults(run=_assemble)
+    assemble.add_argument("--vision", required=True, metavar="DIR|ID", help="CLIP's or SigLIP's vision tower")
+    assemble.add_argument("--language", required=True, metavar="DIR|ID", help="language model with its tokenizer")
+    assemble.add_argument("--output", required=True, metavar="DIR", help="a new folder")
+    assemble.add_argument("--seed", type=int, default=0, help="of the projector")
+
     train = commands.add_parser("train", help="tune a vision-language model on LLaVA's data",
                                 description="Tunes a Hugging Face vision-language model on a file in LLaVA's JSON "
                                 "format: CE + beta (KL_vision + KL_text). The defaults are the paper's.",
@@ -108,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(train)
     add = train.add_argument
     add("--output", required=True, metavar="DIR", help="folder of the run; must be empty unless --resume")
+    add("--stage", choices=("align", "tune"), default="tune", help="align: the projector alone, on captions")
     add("--plain", action="store_true", help="no bottleneck")
     add(
         "--layer",
@@ -141,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="steps summed before the optimizer's",
     )
-    add("--learning-rate", type=float, default=2e-5, metavar="LR", help="peak of the cosine schedule")
+    add("--learning-rate", type=float, metavar="LR", help="peak of the cosine schedule (2e-5; align: 1e-3)")
     add("--weight-decay", type=float, default=0.0, metavar="W", help="AdamW's")
     add("--warmup-ratio", type=float, default=0.03, metavar="R", help="share of the steps that warm up")
     add("--tune-vision", action="store_true", help="tune the vision tower too")

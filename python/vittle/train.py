@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from vittle.data import Collator, LlavaDataset, ModalityLengthSampler
+from vittle.data import CaptionCollator, Collator, LlavaDataset, ModalityLengthSampler
 from vittle.errors import UserError
 from vittle.methods.bottleneck import (
     ALPHA_SCHEDULES,
@@ -48,6 +48,7 @@ class TrainConfig:
     data: str
     images: str
     output: str
+    stage: Literal["align", "tune"] = "tune"
     bottleneck: BottleneckConfig | None = field(default_factory=BottleneckConfig)
     alpha_schedule: str = "sigmoid"
     loss: Loss = "response"
@@ -206,7 +207,10 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     dataset = _dataset(config)
     model, processor = load_model(config.model)
     templates = task_templates(config.loss, config.task_templates, dataset)
-    collator = Collator(processor, config.max_length, loss=config.loss, task_templates=templates)
+    if config.stage == "align":
+        collator: Collator = CaptionCollator(processor, config.max_length)
+    else:
+        collator = Collator(processor, config.max_length, loss=config.loss, task_templates=templates)
     if not config.tune_vision:
         freeze_vision(model)
     callbacks = list(callbacks or [])
@@ -261,7 +265,17 @@ def task_templates(loss: str, source: str, dataset: LlavaDataset) -> TaskTemplat
 
 
 def _tuned(model: Any, config: TrainConfig) -> Any:
-    """What is trained: all but a frozen vision tower, PEFT's adapters, or the bottleneck alone."""
+    """What is trained: the projector; all but a frozen vision tower, PEFT's adapters, or the bottleneck alone."""
+    if config.stage == "align":
+        if config.bottleneck is not None or config.tuning != "full" or config.loss != "response":
+            raise UserError("stage is 'align', which trains the projector alone; leave out bottleneck, tuning and loss")
+        model.requires_grad_(False)
+        projector = [p for name, p in model.named_parameters() if "multi_modal_projector" in name]
+        if not projector:
+            raise UserError(f"{type(model).__name__} has no multi_modal_projector to align")
+        for parameter in projector:
+            parameter.requires_grad_(True)
+        return model
     if config.tuning == "full":
         return model
     if config.tuning == "frozen":

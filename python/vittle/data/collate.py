@@ -142,3 +142,34 @@ def _owner(text: str, start: int, end: int) -> int:
     if start == end:
         return start - 1
     return next((i for i in range(start, end) if not text[i].isspace()), start)
+
+
+class CaptionCollator(Collator):
+    """For aligning the projector: images and captions alone, without roles or instructions, as LLaVA's stage 1.
+
+    The end of a caption is the tokenizer's eos token.
+    """
+
+    def __init__(self, processor: ProcessorMixin, max_length: int = 2048) -> None:
+        super().__init__(processor, max_length)
+        plain: Any = _Plain(processor)
+        self.template = ChatTemplate(plain)
+
+    def _render(self, item: Item) -> Rendering:
+        messages = [
+            {**message, "content": [part for part in message["content"] if i % 2 or part["type"] != "text"]}
+            for i, message in enumerate(item["messages"])
+        ]
+        return super()._render({**item, "messages": messages})
+
+
+class _Plain:
+    """A processor's tokenizer with a chat template of its own: every image, then every text."""
+
+    def __init__(self, processor: Any) -> None:
+        self.tokenizer, self.image_token = processor.tokenizer, processor.image_token
+        self.chat_template = "plain"
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], tokenize: bool) -> str:
+        parts = [part for message in messages for part in message["content"]]
+        return "".join(self.image_token if part["type"] == "image" else f"{part['text']} " for part in parts)

@@ -120,7 +120,7 @@ class _Scanner:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
                 following = self.text[end : end + 1]
-                is_whole = self.text[end - 1] in '}]"' or following and following not in ".eE+-0123456789"
+                is_whole = self.text[end - 1] in '}]"' or (following and following not in ".eE+-0123456789")
                 if is_whole or not self._more():
                     self._move(end)
                     return value

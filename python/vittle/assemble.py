@@ -1,0 +1,101 @@
+"""``vittle assemble``: a Hugging Face LLaVA from a vision tower and a language model, the projector at random start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from vittle.errors import UserError
+
+IMAGE_TOKEN = "<image>"
+
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and \
+polite answers to the user's questions.
+{%- for message in messages -%}
+{{ ' ' if message['role'] == 'user' or loop.first }}{{ message['role'] | upper }}:{{ ' ' }}
+{%- for part in message['content'] -%}
+{{ '<image>\n' if part['type'] == 'image' else part['text'] }}
+{%- endfor -%}
+{{ eos_token if message['role'] == 'assistant' else ' ' }}
+{%- endfor -%}
+{{ 'ASSISTANT:' if add_generation_prompt }}"""
+"""LLaVA-1.5's, ``v1``: Vicuna's system prompt and roles."""
+
+
+def assemble(vision: str, language: str, output: str, *, seed: int = 0) -> None:
+    """Writes model, tokenizer and processor into a new folder.
+
+    The vision tower is CLIP's or SigLIP's; its features are taken before its last layer, without a class token, as in
+    LLaVA-1.5. The tokenizer gets an ``<image>`` token and, if it has none, a padding token.
+
+    Raises:
+        UserError: a part is not such a model, or the folder is not empty.
+    """
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output {output} is not an empty folder; name a new one")
+    tower = _part("vision", vision, AutoModel)
+    tower = getattr(tower, "vision_model", tower)
+    if not hasattr(tower.config, "patch_size") or not hasattr(tower.config, "image_size"):
+        raise UserError(f"vision is {vision!r}, a {type(tower).__name__}; must be a CLIP or SigLIP vision tower")
+    llm = _part("language", language, AutoModelForCausalLM)
+    tokenizer = _part("language", language, AutoTokenizer)
+    images = _part("vision", vision, AutoImageProcessor)
+
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.eos_token is None:
+        raise UserError(f"language is {language!r}, whose tokenizer has no token that ends an answer")
+    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    has_class_token = hasattr(getattr(tower, "embeddings", None), "class_embedding")
+    strategy: Literal["default", "full"] = "default" if has_class_token else "full"
+
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=tower.config, text_config=llm.config, vision_feature_select_strategy=strategy,
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        )
+    ).to(llm.dtype)  # fmt: skip
+    _fill(model.model.vision_tower, tower)
+    _fill(model.get_decoder(), llm.get_decoder())
+    _fill(model.get_output_embeddings(), llm.get_output_embeddings())
+    model.generation_config = llm.generation_config
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=tower.config.patch_size, vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(has_class_token), chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _part(option: str, path: str, kind: Any) -> Any:
+    try:
+        return kind.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{option} is {path!r}; must be a folder or Hub id of such a model: {reason}") from error
+
+
+def _fill(target: torch.nn.Module, source: torch.nn.Module) -> None:
+    """The weights of a part; what the LLaVA's part has and the source has not, such as CLIP's last norm, is named."""
+    weights = {name.removeprefix("vision_model."): tensor for name, tensor in source.state_dict().items()}
+    wanted = {name.removeprefix("vision_model."): name for name in target.state_dict()}
+    if missing := wanted.keys() - weights.keys():
+        raise UserError(f"{type(source).__name__} has no {min(missing)}, which the LLaVA's part needs")
+    target.load_state_dict({full: weights[short] for short, full in wanted.items()})
