@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,12 +78,13 @@ class FusedIB(nn.Module):
         self.inference_only = inference_only
         self.backend = backend
         heads, columns = 1 + vision, hidden_size if inference_only else 2 * hidden_size
-        self.weight_in = nn.Parameter(torch.empty(heads, hidden_size, hidden_size))
-        self.bias_in = nn.Parameter(torch.empty(heads, hidden_size))
-        self.weight_out = nn.Parameter(torch.empty(heads, columns, hidden_size))
-        self.bias_out = nn.Parameter(torch.empty(heads, columns))
+        fp32: dict[str, Any] = {"dtype": torch.float32}  # whatever the default is
+        self.weight_in = nn.Parameter(torch.empty(heads, hidden_size, hidden_size, **fp32))
+        self.bias_in = nn.Parameter(torch.empty(heads, hidden_size, **fp32))
+        self.weight_out = nn.Parameter(torch.empty(heads, columns, hidden_size, **fp32))
+        self.bias_out = nn.Parameter(torch.empty(heads, columns, **fp32))
         has_prior = prior == "learnable" and not inference_only
-        self.prior = nn.Parameter(torch.empty(heads, columns)) if has_prior else None
+        self.prior = nn.Parameter(torch.empty(heads, columns, **fp32)) if has_prior else None
         self.register_buffer("alpha", torch.empty((), dtype=torch.float32))
         self.reset_parameters()
         self.set_alpha(alpha)
@@ -204,8 +205,8 @@ class FusedIB(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedIB:
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize:
-                return tensor.to(moved.device)
+            if moved.is_floating_point() and (moved.dtype.itemsize < 4 or tensor is self.alpha):
+                return tensor.to(moved.device, torch.float32)
             return moved
 
         return super()._apply(keep_precision, recurse)

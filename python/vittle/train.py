@@ -137,6 +137,12 @@ class BottleneckTrainer(Trainer):
             saved |= {name: t for name, t in model.state_dict().items() if name.startswith("bottleneck.")}
         model.load_state_dict(saved)
 
+    def _load_best_model(self) -> None:
+        if not isinstance(self.model, PreTrainedModel):
+            return super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the last step's values of the bottleneck to a training log."""
         model = base_model(self.accelerator.unwrap_model(self.model))

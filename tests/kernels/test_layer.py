@@ -328,3 +328,18 @@ def test_one_pass(prior: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wide_kept = sorted(tensor.numel() for tensor in kept.values() if tensor.numel() not in parameters)
     assert [count for count in wide_kept if count >= size] == [*(3 * [size]), 2 * size]
     assert sum(count for count in wide_kept if count < size) <= 16 * vision.numel()
+
+
+def test_precision_whatever_the_default_is() -> None:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = FusedIB(D)
+    finally:
+        torch.set_default_dtype(default)
+    assert all(parameter.dtype == torch.float32 for parameter in layer.parameters())
+    double = layer.double()
+    assert double.weight_in.dtype == torch.float64 and double.alpha.dtype == torch.float32
+    output = double(torch.randn(3, D, dtype=torch.float64))
+    assert output.hidden_states.dtype == torch.float64
+    assert double.float().weight_in.dtype == torch.float32

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from samples import Samples, collate
-from tiny import IMAGE_TOKEN, LAYERS, WIDTH, drawn_seed, make_batch, through_heads, tiny_llava
+from tiny import IMAGE_TOKEN, LAYERS, WIDTH, drawn_seeds, make_batch, through_heads, tiny_llava
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import Trainer, TrainingArguments
@@ -52,7 +52,7 @@ def test_every_token_after_the_layer_passes_its_own_head(layer: int, prior: str)
     bottleneck = attach_bottleneck(model, BottleneckConfig(layer=layer, prior=prior, alpha=0.5, beta=0.2))
     for parameter in bottleneck.parameters():
         nn.init.normal_(parameter, std=0.3)
-    seed = drawn_seed(3)
+    (seed,) = drawn_seeds(3, 1)
     output = model(**batch)
     vision = batch["input_ids"] == IMAGE_TOKEN
     expected, kl = through_heads(bottleneck, plain_state, vision, seed)
@@ -84,7 +84,8 @@ def test_evaluation_loss_is_ce_alone() -> None:
 def test_without_an_instruction_mask_the_unlabelled_text_counts() -> None:
     model, batch = tiny_llava().train(), make_batch()
     bottleneck = attach_bottleneck(model, BottleneckConfig(alpha=0.0))
-    nn.init.normal_(bottleneck.weight_in)  # posteriors far enough from the prior for the KL to show
+    for weight in (bottleneck.weight_in, bottleneck.weight_out):
+        nn.init.normal_(weight)  # posteriors far enough from the prior for the KL to show
     unlabelled = (batch["labels"] == -100) & batch["attention_mask"].bool() & (batch["input_ids"] != IMAGE_TOKEN)
     torch.testing.assert_close(model(**plain(batch)).loss, model(**batch | {"instruction_mask": unlabelled}).loss)
     assert not torch.equal(model(**plain(batch)).loss, model(**batch).loss)
@@ -264,7 +265,7 @@ def test_a_mask_that_contradicts_the_ids_is_refused() -> None:
     vision = batch["input_ids"] == IMAGE_TOKEN
     assert torch.equal(model(**batch, vision_mask=vision).logits, model(**batch).logits)
     vision[0, 0] = True
-    with pytest.raises(UserError, match=r"vision_mask names 13 tokens, input_ids has 12 with id \[9\]"):
+    with pytest.raises(UserError, match=r"vision_mask differs at 1 tokens; must be True where input_ids is \[9\]"):
         model(**batch, vision_mask=vision)
 
 
@@ -302,7 +303,7 @@ def test_a_compiled_layer_follows_alpha_without_compiling_again() -> None:
     for alpha in (0.0, 0.25, 0.5):
         bottleneck.set_alpha(alpha)
         for call in (compiled, layer):
-            attachment.kl = {}  # as the model's forward pass begins
+            attachment.kl, attachment.states = {}, []  # as the model's forward pass begins
             torch.manual_seed(1)
             outputs[alpha, call] = call(*states["args"], **states["kwargs"])
         torch.testing.assert_close(outputs[alpha, compiled], outputs[alpha, layer])
@@ -335,3 +336,105 @@ def test_a_plain_accelerate_loop(accumulation: int) -> None:
     for name, parameter in reference.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_recorded_hidden_states_are_what_the_next_layer_reads() -> None:
+    model, batch = tiny_llava(), make_batch()
+    bottleneck = attach_bottleneck(model, BottleneckConfig(layer=2))
+    nn.init.normal_(bottleneck.weight_out)
+    seen: list[Tensor] = []
+    hook = model.get_decoder().layers[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    output = model(**batch, output_hidden_states=True)
+    hook.remove()
+    assert len(output.hidden_states) == LAYERS + 1 and torch.equal(output.hidden_states[2], seen[0])
+
+
+def test_trainer_keeps_the_instruction_mask(tmp_path: Path) -> None:
+    model = tiny_llava()
+    attach_bottleneck(model)
+    trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True))
+    trainer._set_signature_columns_if_needed()
+    assert "instruction_mask" in trainer._signature_columns
+
+
+def test_positional_arguments_are_as_good_as_named_ones() -> None:
+    model, batch = tiny_llava().train(), make_batch()
+    bottleneck = attach_bottleneck(model, BottleneckConfig(alpha=0.0))
+    nn.init.normal_(bottleneck.weight_out)
+    expected = model(**batch, num_items_in_batch=100).loss
+    ids = batch.pop("input_ids")
+    assert torch.equal(model(ids, **batch, num_items_in_batch=100).loss, expected)
+    assert torch.equal(model.forward(model, ids, **batch, num_items_in_batch=100).loss, expected)
+
+
+def test_training_without_labels_warns_once(recwarn: pytest.WarningsRecorder) -> None:
+    model, batch = tiny_llava().train(), make_batch()
+    attach_bottleneck(model)
+    batch.pop("labels")
+    for _ in range(2):
+        model(**batch)
+    assert sum("trains without labels" in str(warning.message) for warning in recwarn) == 1
+
+
+def test_one_forward_pass_at_a_time() -> None:
+    model, batch = tiny_llava(), make_batch()
+    attach_bottleneck(model)
+    expected = model(**batch).logits
+    hook = model.get_decoder().register_forward_pre_hook(lambda *_: model(**batch))
+    with pytest.raises(UserError, match="another forward pass of this LlavaForConditionalGeneration is under way"):
+        model(**batch)
+    hook.remove()
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_tuples_get_the_kl_too() -> None:
+    model, batch = tiny_llava().train(), make_batch()
+    bottleneck = attach_bottleneck(model, BottleneckConfig(alpha=0.0))
+    nn.init.normal_(bottleneck.weight_out)
+    assert torch.equal(model(**batch, return_dict=False)[0], model(**batch).loss)
+
+
+def test_a_mask_stands_for_the_ids() -> None:
+    model, batch = tiny_llava(), make_batch(images=(0, 0, 0))
+    bottleneck = attach_bottleneck(model)
+    nn.init.normal_(bottleneck.weight_out)
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    vision = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    attended = {"attention_mask": batch["attention_mask"]}
+    text = model(inputs_embeds=embeddings, vision_mask=vision, **attended).logits
+    torch.testing.assert_close(text, model(batch["input_ids"], **attended).logits)
+    vision[:, 3:7] = True
+    assert not torch.allclose(model(inputs_embeds=embeddings, vision_mask=vision, **attended).logits, text)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, 17), torch.ones(3, 1, dtype=torch.bool)], ids=["float", "narrow"])
+def test_a_bad_instruction_mask_is_named(mask: Tensor) -> None:
+    model, batch = tiny_llava().train(), make_batch()
+    attach_bottleneck(model)
+    with pytest.raises(UserError, match=r"instruction_mask is torch.*; must be torch\.bool \(3, 17\), as labels are"):
+        model(**batch | {"instruction_mask": mask})
+
+
+def test_a_model_that_sees_without_a_vision_tower_has_a_vision_head() -> None:
+    from transformers import FuyuConfig, FuyuForCausalLM
+
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = FuyuConfig(**sizes, num_attention_heads=4, image_size=8, patch_size=4, image_token_id=50)
+    bottleneck = attach_bottleneck(FuyuForCausalLM(config))
+    assert bottleneck.vision
+
+
+def test_a_forward_of_somebody_elses_is_given_back() -> None:
+    model, batch = tiny_llava(), make_batch()
+    calls: list[int] = []
+    own = model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    model.forward = counted
+    attach_bottleneck(model)
+    model(**batch)
+    detach_bottleneck(model)
+    assert model.forward is counted and calls == [1]

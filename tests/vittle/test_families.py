@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, IMAGE, VIDEO, Family
-from tiny import drawn_seed, through_heads
+from tiny import drawn_seeds, through_heads
 from torch import Tensor, nn
 
 from vittle import BottleneckConfig, attach_bottleneck, detach_bottleneck, load_bottleneck, save_bottleneck
-from vittle.methods.bottleneck import attachment_of
+from vittle.methods.bottleneck import attachment_of, token_weights
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -69,17 +69,40 @@ def test_every_token_passes_its_own_head(family: Family, text_layer: int | None,
     disturb(bottleneck)
     reads(layers[2], seen, "vision")
     reads(layers[3], seen, "text")
-    seed = drawn_seed(3)
+    layers[2].register_forward_hook(lambda module, args, output: seen.update(third=unwrapped(output).detach()))
+    seeds = drawn_seeds(3, 2)
     output = model(**batch)
     vision = (batch["input_ids"] == IMAGE) | (batch["input_ids"] == VIDEO)
     assert vision.any() == bool(family.image)
-    expected, _ = through_heads(bottleneck, seen["plain"], vision, seed)
+    expected, kl = through_heads(bottleneck, seen["plain"], vision, seeds[0])
+    text_kl = kl
     if text_layer is not None:
         assert torch.equal(seen["vision"][~vision], seen["plain"][~vision])
         expected = torch.where(vision.unsqueeze(-1), expected, seen["plain"])
+        after_third, text_kl = through_heads(bottleneck, seen["third"], vision, seeds[1])
+        after_third = torch.where(vision.unsqueeze(-1), seen["third"], after_third)
+        torch.testing.assert_close(seen["text"], after_third.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(seen["vision"], expected.detach(), rtol=1e-4, atol=1e-4)
-    kl = attachment_of(model).metrics
-    torch.testing.assert_close(output.loss, kl["ce"] + 0.1 * (kl["kl_vision"] + kl["kl_text"]))
+
+    unlabelled = (batch["labels"] == -100) & batch["attention_mask"].bool() & ~vision
+    weights = token_weights(batch["labels"], vision, unlabelled, None)
+    kl_vision, kl_text = (kl * weights)[vision].sum(), (text_kl * weights)[unlabelled].sum()
+    metrics = attachment_of(model).metrics
+    torch.testing.assert_close(metrics["kl_vision"], kl_vision.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["kl_text"], kl_text.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.loss, metrics["ce"] + 0.1 * (metrics["kl_vision"] + metrics["kl_text"]))
+    assert metrics["kl_text"] > 0.01
+
+
+def unwrapped(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def test_tokens_of_videos_are_vision_tokens() -> None:
+    model = next(family for family in FAMILIES if family.name == "Qwen2.5-VL").model()
+    attach_bottleneck(model)
+    ids = torch.tensor([[3, IMAGE, 4, VIDEO, VIDEO]])
+    assert attachment_of(model)._vision(ids, None).tolist() == [[False, True, False, True, True]]
 
 
 GENERATION: dict[str, dict[str, Any]] = {

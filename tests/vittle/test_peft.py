@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainingArgumen
 
 from vittle import (
     BottleneckConfig,
+    UserError,
     attach_bottleneck,
     attachment_of,
     detach_bottleneck,
@@ -50,6 +51,8 @@ def order(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("targets", TARGETS)
 def test_the_heads_stay_trainable_and_get_no_adapters(order: str, targets: str) -> None:
     model, batch = tuned(order, **TARGETS[targets]).train(), make_batch()
+    for weight in (model.get_base_model().bottleneck.weight_in, model.get_base_model().bottleneck.weight_out):
+        torch.nn.init.normal_(weight)  # a KL that shows
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads = {name for name, _ in model.named_parameters() if ".bottleneck." in name}
     assert len(heads) == 4 and heads < trainable
@@ -57,6 +60,7 @@ def test_the_heads_stay_trainable_and_get_no_adapters(order: str, targets: str) 
     output = model(**batch)
     metrics = attachment_of(model).metrics
     torch.testing.assert_close(output.loss, metrics["ce"] + 0.1 * (metrics["kl_vision"] + metrics["kl_text"]))
+    assert metrics["kl_vision"] > 0.01 and metrics["kl_text"] > 0.01
     output.loss.backward()
     assert all(p.grad.any() for name, p in model.named_parameters() if name in trainable and "vision" not in name)
 
@@ -199,3 +203,58 @@ def test_a_base_in_four_bits(order: str, tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 and p.grad.any() for p in bottleneck.parameters())
     model.save_pretrained(tmp_path / "adapters")
     assert (tmp_path / "adapters" / "bottleneck.safetensors").exists()
+
+
+def test_a_second_adapter_leaves_the_heads_trainable(order: str) -> None:
+    model = tuned(order, target_modules="all-linear")
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    model.set_adapter("other")
+    assert all(parameter.requires_grad for parameter in model.get_base_model().bottleneck.parameters())
+
+
+def test_adapters_of_transformers_own(tmp_path: Path) -> None:
+    """model.add_adapter, without a PeftModel."""
+    model = tiny_llava()
+    bottleneck = attach_bottleneck(model, BottleneckConfig(alpha=0.4))
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert all(parameter.requires_grad for parameter in bottleneck.parameters())
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    other = tiny_llava()
+    other.load_adapter(str(tmp_path))
+    load_bottleneck(other, tmp_path)
+    torch.testing.assert_close(logits(other), expected)
+    assert all(parameter.requires_grad for parameter in other.bottleneck.parameters())
+
+
+def test_arguments_by_name_and_chosen_tensors(tmp_path: Path) -> None:
+    model = tuned("before", target_modules="all-linear")
+    changed = {name: 2 * tensor if ".bottleneck." in name else tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(save_directory=tmp_path, state_dict=changed)
+    loaded = load_bottleneck(tiny_llava(), tmp_path)
+    assert torch.equal(loaded.weight_in, 2 * model.get_base_model().bottleneck.weight_in)
+    model.load_adapter(model_id=tmp_path, adapter_name="again")
+    assert torch.equal(loaded.weight_in, model.get_base_model().bottleneck.weight_in)
+
+
+def test_a_bottleneck_of_another_layer_is_not_loaded(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llava(), LoraConfig(target_modules="all-linear"))
+    attach_bottleneck(model, BottleneckConfig(layer=1))
+    model.save_pretrained(tmp_path)
+    base = tiny_llava()
+    attach_bottleneck(base)
+    with pytest.raises(UserError, match=r"bottleneck_config.json has layer 1; the model's bottleneck has 3"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_what_save_pretrained_leaves_out_is_not_lost(tmp_path: Path) -> None:
+    model = tiny_llava()
+    attach_bottleneck(model)
+    save_bottleneck(model, tmp_path)
+    without = {name: t for name, t in model.state_dict().items() if not name.startswith("bottleneck.")}
+    model.save_pretrained(tmp_path, state_dict=without)
+    assert torch.equal(load_bottleneck(tiny_llava(), tmp_path).weight_in, model.bottleneck.weight_in)
+    model.save_pretrained(tmp_path / "variant", variant="fp16")
+    assert torch.equal(load_bottleneck(tiny_llava(), tmp_path / "variant").weight_in, model.bottleneck.weight_in)
+    model.save_pretrained(tmp_path / "nobody", False)
+    assert not (tmp_path / "nobody").exists() or not list((tmp_path / "nobody").glob("bottleneck*"))

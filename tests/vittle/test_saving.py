@@ -77,6 +77,13 @@ def reshape(change: Any) -> Any:
         (rewrite("colour", "red"), "has an unknown setting 'colour'"),
         (rewrite("layer", 9), "layer is 9; must be in [1, 4]"),
         (rewrite("prior", "learnable"), "has prior of shape None; must be (2, 64), by bottleneck_config.json"),
+        (rewrite("format", True), "has format True"),
+        (rewrite("layer", True), "layer is True; must be in [1, 4]"),
+        (rewrite("alpha", "x"), "alpha is 'x'; must be in [0, 1]"),
+        (rewrite("beta", None), "beta is None; must not be negative"),
+        (reshape(lambda t: t | {"alpha": torch.tensor(7.0)}), "has alpha 7.0; must be in [0, 1]"),
+        (reshape(lambda t: t | {"bias_in": t["bias_in"].long()}), "has bias_in of torch.int64; must be floating point"),
+        (reshape(lambda t: t | {"weight_in": torch.tensor(1.0)}), "has weight_in of shape (); must be (2, 32, 32)"),
         (lambda folder: (folder / "bottleneck_config.json").write_text("{"), "bottleneck_config.json is damaged"),
         (lambda folder: (folder / "bottleneck_config.json").write_text("[1]"), "has format None"),
         (lambda folder: (folder / "bottleneck.safetensors").unlink(), "neither bottleneck.safetensors nor model.saf"),
@@ -146,3 +153,25 @@ def test_names_of_the_released_code_convert_both_ways() -> None:
     assert "prior" not in fixed and set(to_released(fixed)) < set(released)
     with pytest.raises(UserError, match=r"the checkpoint has no bottleneck_layer_v\.0\.weight"):
         from_released(others, prior="fixed")
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    model = tiny_llava()
+    attach_bottleneck(model)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file, or below one; must be a folder"):
+        save_bottleneck(model, tmp_path / "file" / "x")
+    with pytest.raises(UserError, match="does not exist"):
+        load_bottleneck(tiny_llava(), tmp_path / "file")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20kB")
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is damaged"):
+        load_bottleneck(tiny_llava(), tmp_path / "shards")
+
+
+def test_what_the_released_code_cannot_hold() -> None:
+    llama = FAMILIES[-1].model()
+    with pytest.raises(UserError, match="has two whole heads; this one is for text or inference only"):
+        to_released(attach_bottleneck(llama).state_dict())
+    with pytest.raises(UserError, match="prior is 'Learnable'; must be"):
+        from_released({}, prior="Learnable")

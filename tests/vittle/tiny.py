@@ -69,9 +69,9 @@ def through_heads(bottleneck: FusedIB, hidden_states: Tensor, vision: Tensor, se
     return reference_forward(problem, hidden_states)
 
 
-def drawn_seed(seed: int) -> Tensor:
-    """The seed that a layer's next call draws."""
+def drawn_seeds(seed: int, count: int) -> list[Tensor]:
+    """The seeds that a layer's next calls draw."""
     torch.manual_seed(seed)
-    drawn = torch.randint(2**63 - 1, (1,))
+    drawn = [torch.randint(2**63 - 1, (1,)) for _ in range(count)]
     torch.manual_seed(seed)
     return drawn

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -78,8 +79,11 @@ class Attachment:
         self.own_forward = model.__dict__.get("forward")  # accelerate's hooks replace it too
         self.tokens: _Tokens | None = None
         self.kl: dict[str, Tensor] = {}
+        self.states: list[tuple[int, Tensor]] = []
+        """What the layers that end in the bottleneck gave, by the number of layers before."""
         self.metrics: dict[str, Tensor] = {}
         """Detached means of the last training pass: ce, kl_vision, kl_text."""
+        self.warned = False
         self.trainable: list[bool] | None = None
         """Which parameters were trainable before PEFT froze them."""
 
@@ -90,7 +94,12 @@ class Attachment:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.forward)
+        """The model's own, and what a batch may carry: Trainer drops the columns that it does not find here."""
+        signature = inspect.signature(self.forward)
+        mask = inspect.Parameter("instruction_mask", inspect.Parameter.KEYWORD_ONLY, default=None)
+        named = [each for each in signature.parameters.values() if each.kind != inspect.Parameter.VAR_KEYWORD]
+        rest = [each for each in signature.parameters.values() if each.kind == inspect.Parameter.VAR_KEYWORD]
+        return signature.replace(parameters=[*named, mask, *rest])
 
     def settings(self) -> dict[str, Any]:
         """What ``bottleneck_config.json`` says."""
@@ -99,29 +108,61 @@ class Attachment:
         return asdict(self.config) | facts
 
     def load(self, folder: Path) -> None:
-        """Puts the weights of a folder into the module."""
+        """Puts the weights of a folder into the module.
+
+        Raises:
+            UserError: the folder's bottleneck is another: of other layers, or another prior.
+        """
         settings, tensors = saving.read(folder)
-        _load_weights(self.module, settings, tensors, folder)
+        for name in ("layer", "text_layer", "prior"):
+            here, there = getattr(self.config, name), settings.get(name)
+            if here != there:
+                raise UserError(f"{folder / saving.CONFIG} has {name} {there!r}; the model's bottleneck has {here!r}")
+        _load_weights(self.module, tensors, folder)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass with the bottleneck in it."""
+        if args and args[0] is self.model:  # accelerate binds a forward to its model when it unwraps one
+            args = args[1:]
+        if self.tokens is not None:
+            kind = type(self.model).__name__
+            raise UserError(
+                f"another forward pass of this {kind} is under way (threads? nn.DataParallel?); one at a time"
+            )
         tokens = self._read_batch(args, kwargs)
-        self.tokens, self.kl = tokens, {}
+        self.tokens, self.kl, self.states = tokens, {}, []
         try:
             output = self.forward(*args, **kwargs)
-            kl = self.kl
+            kl, states = self.kl, self.states
         finally:
-            self.tokens, self.kl = None, {}
+            self.tokens, self.kl, self.states = None, {}, []
+        hidden_states = getattr(output, "hidden_states", None)
+        if isinstance(hidden_states, tuple):  # what the next layer reads, and transformers recorded before it
+            changed = dict(states)
+            output.hidden_states = tuple(
+                changed.get(i, each) if i + 1 < len(hidden_states) else each for i, each in enumerate(hidden_states)
+            )
         return self._join_kl(output, kl) if tokens.kl_weights is not None else output
 
     def _read_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Tokens:
         """Where the vision tokens are, which text tokens count towards the KL, and what each weighs."""
         instruction_mask, vision = kwargs.pop("instruction_mask", None), kwargs.pop("vision_mask", None)
-        batch = inspect.signature(self.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+        batch = kwargs
+        if args:
+            names = [name for name in inspect.signature(self.forward).parameters if name not in kwargs]
+            batch = dict(zip(names, args, strict=False)) | kwargs
         vision = self._vision(batch.get("input_ids"), vision)
         labels = batch.get("labels")
-        if not self.model.training or labels is None:
+        if not self.model.training:
             return _Tokens(vision)
+        if labels is None:
+            self._warn_of_no_labels()
+            return _Tokens(vision)
+        if instruction_mask is not None and (
+            instruction_mask.dtype != torch.bool or instruction_mask.shape != labels.shape
+        ):
+            found = f"{instruction_mask.dtype} {tuple(instruction_mask.shape)}"
+            raise UserError(f"instruction_mask is {found}; must be torch.bool {tuple(labels.shape)}, as labels are")
         text_kl = instruction_mask
         if text_kl is None:  # as the released code: what the model reads and the loss does not cover
             text_kl = labels == IGNORED
@@ -134,6 +175,15 @@ class Attachment:
             labels, no_vision if vision is None else vision, text_kl, batch.get("num_items_in_batch")
         )
         return _Tokens(vision, text_kl, weights)
+
+    def _warn_of_no_labels(self) -> None:
+        if torch.is_grad_enabled() and not self.warned:
+            self.warned = True
+            warnings.warn(
+                "the model trains without labels, so no KL joins its loss: "
+                "label smoothing and compute_loss_func keep them from it",
+                stacklevel=4,
+            )
 
     def _vision(self, ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """The vision tokens by their ids, or by the mask that stands for them."""
@@ -149,12 +199,23 @@ class Attachment:
         for other in self.vision_ids[1:]:
             vision = vision | (ids == other)
         if mask is not None and not torch.equal(mask, vision):
-            found = f"{int(mask.sum())} tokens, input_ids has {int(vision.sum())} with id {self.vision_ids}"
-            raise UserError(f"vision_mask names {found}; must be those, or be left out")
+            where = (
+                "is of another shape"
+                if mask.shape != vision.shape
+                else f"differs at {int((mask != vision).sum())} tokens"
+            )
+            raise UserError(f"vision_mask {where}; must be True where input_ids is {self.vision_ids}, or be left out")
         return vision
 
     def after_layer(self, hidden_states: Tensor, modality: Modality) -> Tensor:
         """The hidden states (B, T, D) after a chosen layer, one modality's or both through the bottleneck."""
+        states = self._through_bottleneck(hidden_states, modality)
+        layer = self.config.text_layer if modality == "text" else self.config.layer
+        assert layer is not None
+        self.states.append((layer, states))
+        return states
+
+    def _through_bottleneck(self, hidden_states: Tensor, modality: Modality) -> Tensor:
         tokens = self.tokens
         if tokens is None:
             kind = type(self.model).__name__
@@ -234,7 +295,10 @@ def _attach(outer: nn.Module, config: BottleneckConfig, *, backend: str, inferen
     config = _resolved(config, len(layers), bool(vision_ids))
     assert config.layer is not None
     first = layers[config.layer - 1]
-    with next(first.parameters()).device:
+    device = next(first.parameters()).device
+    if device.type == "meta":
+        raise UserError("the model's weights are offloaded; attach the bottleneck before accelerate offloads them")
+    with device:
         module = FusedIB(
             hidden_size, prior=config.prior, alpha=config.alpha, vision=bool(vision_ids),
             inference_only=inference_only, backend=backend,
@@ -245,6 +309,9 @@ def _attach(outer: nn.Module, config: BottleneckConfig, *, backend: str, inferen
     model.forward = attachment
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = saving.SavePretrained(model, attachment)  # type: ignore[assignment]
+    for name in peft.ADAPTER_METHODS:
+        if hasattr(model, name):
+            setattr(model, name, peft.KeepTrainable(model, name))
     if config.text_layer in (None, config.layer):
         _end_in_bottleneck(first, attachment, "both")
     else:
@@ -276,7 +343,8 @@ def detach_bottleneck(model: nn.Module) -> None:
         if layer.__dict__.pop("_bottleneck", None) is not None:
             layer.__class__ = type(layer).__mro__[1]
     del model.forward, model.bottleneck, model._attachment
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", *peft.ADAPTER_METHODS):
+        model.__dict__.pop(name, None)
     if attachment.own_forward is not None:
         model.forward = attachment.own_forward
 
@@ -315,24 +383,30 @@ def load_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, backend
     inference_only = bool(settings.get("inference_only"))
     module = _attach(model, config, backend=backend, inference_only=inference_only)
     try:
-        _load_weights(module, settings, tensors, folder)
-    except UserError:
+        _load_weights(module, tensors, folder)
+    except Exception:
         detach_bottleneck(model)
         raise
     return module
 
 
-def _load_weights(module: FusedIB, settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+def _load_weights(module: FusedIB, tensors: dict[str, Tensor], folder: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted == found:
+        if bad := [name for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]:
+            raise UserError(
+                f"the bottleneck in {folder} has {bad[0]} of {tensors[bad[0]].dtype}; must be floating point"
+            )
+        if not 0 <= float(tensors["alpha"]) <= 1:
+            raise UserError(f"the bottleneck in {folder} has alpha {float(tensors['alpha'])}; must be in [0, 1]")
         module.load_state_dict(tensors)
         return
     heads = {1: "text only", 2: "vision and text"}
-    stored = found.get("weight_in", (0, 0))
-    if stored[0] != 1 + module.vision:
-        reason = f"heads for {heads.get(stored[0], 'nothing')}; the model needs {heads[1 + module.vision]}"
-    elif stored[-1] != module.hidden_size:
+    stored = found.get("weight_in", ())
+    if len(stored) == 3 and stored[0] != 1 + module.vision:
+        reason = f"heads for {heads.get(stored[0], stored[0])}; the model needs {heads[1 + module.vision]}"
+    elif len(stored) == 3 and stored[-1] != module.hidden_size:
         reason = f"width {stored[-1]}; the model's hidden size is {module.hidden_size}"
     else:
         name = next(name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
@@ -345,14 +419,14 @@ def _resolved(config: BottleneckConfig, depth: int, has_vision: bool) -> Bottlen
     config = replace(config, layer=depth * 3 // 4 if config.layer is None else config.layer)
     for name in ("layer", "text_layer"):
         layer = getattr(config, name)
-        if layer is not None and not (isinstance(layer, int) and 1 <= layer <= depth):
+        if layer is not None and not (type(layer) is int and 1 <= layer <= depth):
             raise UserError(f"{name} is {layer!r}; must be in [1, {depth}], the model's decoder layers")
     if not has_vision and config.text_layer not in (None, config.layer):
         raise UserError(f"text_layer is {config.text_layer}; must be left out for a model that reads text only")
-    if not config.beta >= 0:
-        raise UserError(f"beta is {config.beta}; must not be negative")
-    if not 0 <= config.alpha <= 1:
-        raise UserError(f"alpha is {config.alpha}; must be in [0, 1]")
+    if not (isinstance(config.beta, int | float) and 0 <= config.beta < math.inf):
+        raise UserError(f"beta is {config.beta!r}; must not be negative")
+    if not (isinstance(config.alpha, int | float) and 0 <= config.alpha <= 1):
+        raise UserError(f"alpha is {config.alpha!r}; must be in [0, 1]")
     if config.prior not in ("fixed", "learnable"):
         raise UserError(f"prior is {config.prior!r}; must be 'fixed' or 'learnable'")
     return config
@@ -370,11 +444,11 @@ def _decoder(model: nn.Module) -> tuple[nn.ModuleList, int]:
 
 def _vision_ids(model: Any) -> list[int]:
     """The ids that stand for pieces of images and videos; none for a model that reads text only."""
-    if getattr(model.config, "vision_config", None) is None:
-        return []
-    ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
-    if ids[0] is None:
-        kind = type(model.config).__name__
+    config = model.config
+    ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+    sees = any(getattr(config, name, None) is not None for name in ("vision_config", "vq_config"))
+    if ids[0] is None and sees:
+        kind = type(config).__name__
         raise UserError(f"{kind} has no image_token_id; set model.config.image_token_id to the image token's id")
     return [each for each in ids if each is not None]
 

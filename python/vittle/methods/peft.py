@@ -6,7 +6,6 @@ PyTorch tells us when a model goes into PEFT's: ``register_module_module_registr
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ def follow(peft_model: Any) -> None:
     """Lets a PeftModel save and load the bottleneck of the model inside it."""
     for name in ("save_pretrained", "load_adapter"):
         setattr(peft_model, name, _WithBottleneck(peft_model, name))
+    peft_model.add_adapter = KeepTrainable(peft_model, "add_adapter")
 
 
 def _is(module: Any, name: str) -> bool:
@@ -53,29 +53,55 @@ def _registered(parent: nn.Module, name: str, module: Any) -> None:
     if name == "base_model" and _is(parent, "PeftModel") and _is(module, "BaseTuner"):
         attachment = getattr(module.model, "_attachment", None)
         if attachment is not None and attachment.trainable is not None:
-            for parameter, is_trainable in zip(attachment.module.parameters(), attachment.trainable, strict=True):
-                parameter.requires_grad_(is_trainable)
+            _restore(attachment, attachment.trainable)
             attachment.trainable = None
             follow(parent)
 
 
-class _WithBottleneck:
-    """Stands in for a PeftModel's ``save_pretrained`` or ``load_adapter``."""
+class _WithBottleneck(saving.Replaced):
+    """A PeftModel's ``save_pretrained`` or ``load_adapter``, then the bottleneck's files in the same folder."""
 
-    def __init__(self, model: Any, name: str) -> None:
-        self.model, self.name = model, name
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(getattr(type(self.model), self.name).__get__(self.model))
-
-    def __call__(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        """The method itself, then the bottleneck's files in the same folder."""
-        result = getattr(type(self.model), self.name)(self.model, folder, *args, **kwargs)
-        attachment = getattr(base_model(self.model), "_attachment", None)
-        if attachment is not None:
-            if self.name == "save_pretrained" and kwargs.get("is_main_process", True):
-                saving.write(Path(folder), attachment.settings(), attachment.module.state_dict())
-            elif self.name == "load_adapter" and (Path(folder) / saving.CONFIG).exists():
-                attachment.load(Path(folder))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's."""
+        given = self.arguments(args, kwargs)
+        attachment = getattr(base_model(self.owner), "_attachment", None)
+        if attachment is None:
+            return self.method(*args, **kwargs)
+        trainable = [parameter.requires_grad for parameter in attachment.module.parameters()]
+        result = self.method(*args, **kwargs)
+        _restore(attachment, trainable)
+        if self.name == "save_pretrained" and given.get("is_main_process", True):
+            tensors = attachment.module.state_dict()
+            gathered = {
+                name.rpartition(saving.PREFIX)[2]: tensor
+                for name, tensor in (given.get("state_dict") or {}).items()
+                if f".{saving.PREFIX}" in name
+            }
+            saving.write(Path(given["save_directory"]), attachment.settings(), tensors | gathered)
+        if self.name == "load_adapter" and (Path(given["model_id"]) / saving.CONFIG).exists():
+            attachment.load(Path(given["model_id"]))
         return result
+
+
+ADAPTER_METHODS = ("add_adapter", "load_adapter")
+"""Of transformers' own models: they freeze what is no adapter."""
+
+
+class KeepTrainable(saving.Replaced):
+    """A method that freezes whatever is no adapter, and leaves the bottleneck as it was."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the method."""
+        attachment = getattr(base_model(self.owner), "_attachment", None)
+        if attachment is None:
+            return self.method(*args, **kwargs)
+        trainable = [parameter.requires_grad for parameter in attachment.module.parameters()]
+        try:
+            return self.method(*args, **kwargs)
+        finally:
+            _restore(attachment, trainable)
+
+
+def _restore(attachment: Any, trainable: list[bool]) -> None:
+    for parameter, is_trainable in zip(attachment.module.parameters(), trainable, strict=True):
+        parameter.requires_grad_(is_trainable)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tenso
     """Writes both files, each whole or not at all."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{WEIGHTS}.tmp"
+    _make(folder)
+    partial = folder / f".{WEIGHTS}.{os.getpid()}"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
     partial.replace(folder / WEIGHTS)
     write_settings(folder, settings)
@@ -37,9 +38,17 @@ def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tenso
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Writes ``bottleneck_config.json``."""
-    partial = folder / f"{CONFIG}.tmp"
+    _make(folder)
+    partial = folder / f".{CONFIG}.{os.getpid()}"
     partial.write_text(json.dumps({"format": FORMAT, **settings}, indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / CONFIG)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder} is a file, or below one; must be a folder") from None
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -51,13 +60,13 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = folder / CONFIG
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"{path} does not exist; must be a file that save_bottleneck wrote") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     version = settings.pop("format", None) if isinstance(settings, dict) else None
-    if version != FORMAT:
-        newer = isinstance(version, int) and version > FORMAT
+    if type(version) is not int or version != FORMAT:
+        newer = type(version) is int and version > FORMAT
         remedy = "upgrade vittle-kernels, which is older than the file" if newer else "save_bottleneck writes it"
         raise UserError(f"{path} has format {version!r}; this version reads format {FORMAT}: {remedy}")
     return settings, _read_tensors(folder)
@@ -71,11 +80,14 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not (folder / WEIGHTS).exists():
         prefix = PREFIX
         index = folder / "model.safetensors.index.json"
-        if index.exists():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted({Path(file).name for name, file in names.items() if name.startswith(prefix)})
-        elif (folder / "model.safetensors").exists():
+        if (folder / "model.safetensors").exists():
             files = ["model.safetensors"]
+        elif index.exists():
+            try:
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = sorted({Path(file).name for name, file in names.items() if name.startswith(prefix)})
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} is damaged: {error}") from error
         else:
             raise UserError(f"{folder} has a {CONFIG} but neither {WEIGHTS} nor model.safetensors")
     tensors = {}
@@ -92,23 +104,55 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-class SavePretrained:
-    """Stands in for one model's ``save_pretrained``: what it does, and the bottleneck's config beside it."""
+class Replaced:
+    """Stands in for a method of one object, with the method's own signature."""
 
-    def __init__(self, model: Any, attachment: Any) -> None:
-        self.model, self.attachment = model, attachment
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    @property
+    def method(self) -> Any:
+        """The object's own."""
+        return getattr(type(self.owner), self.name).__get__(self.owner)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.model).save_pretrained.__get__(self.model))
+        return inspect.signature(self.method)
 
-    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """By their names, however they were passed; defaults included."""
+        bound = inspect.signature(self.method).bind(*args, **kwargs)
+        bound.apply_defaults()
+        named = dict(bound.arguments)
+        return named | named.pop("kwargs", {})
+
+
+class SavePretrained(Replaced):
+    """A model's ``save_pretrained``, and the bottleneck's config beside it.
+
+    The bottleneck's tensors are among the model's own, or, where those are adapters or somebody's choice of tensors,
+    in a file of their own.
+    """
+
+    def __init__(self, model: Any, attachment: Any) -> None:
+        super().__init__(model, "save_pretrained")
+        self.attachment = attachment
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``PreTrainedModel.save_pretrained``."""
-        result = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            (Path(save_directory) / WEIGHTS).unlink(missing_ok=True)  # the model's own file has newer ones
-            write_settings(Path(save_directory), self.attachment.settings())
-        return result
+        given = self.arguments(args, kwargs)
+        folder, pushes = Path(given["save_directory"]), given.get("push_to_hub")
+        if given.get("is_main_process", True):
+            write_settings(folder, self.attachment.settings())  # before the model, so that a push has it
+            tensors = given.get("state_dict")
+            is_whole = tensors is None or any(name.startswith(PREFIX) for name in tensors)
+            if is_whole and not given.get("variant") and not getattr(self.owner, "_hf_peft_config_loaded", False):
+                result = self.method(*args, **kwargs)
+                (folder / WEIGHTS).unlink(missing_ok=True)  # the model's own file has newer ones
+                return result
+            if tensors is None or pushes:
+                write(folder, self.attachment.settings(), self.attachment.module.state_dict())
+        return self.method(*args, **kwargs)
 
 
 _RELEASED = {
@@ -131,6 +175,8 @@ def from_released(tensors: Mapping[str, Tensor], *, prior: str, alpha: float = 0
     Raises:
         UserError: a tensor is missing.
     """
+    if prior not in ("fixed", "learnable"):
+        raise UserError(f"prior is {prior!r}; must be 'fixed' or 'learnable'")
     ours = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
     def stacked(*names: str) -> Tensor:
@@ -151,6 +197,9 @@ def from_released(tensors: Mapping[str, Tensor], *, prior: str, alpha: float = 0
 
 def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The released Vittle code's tensors from FusedIB's state; the inverse of :func:`from_released`."""
+    heads, columns, width = state["weight_out"].shape
+    if heads != 2 or columns != 2 * width:
+        raise UserError("the released code's bottleneck has two whole heads; this one is for text or inference only")
     tensors = {}
     for index, modality in enumerate("vt"):
         for name, released in _RELEASED.items():
