@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vittle.errors import UserError
@@ -16,6 +17,12 @@ _EXTRAS = {"vittle.train": "train", "vittle.demo": "train", "vittle.labels": "tr
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; what the user can mend is told in one line, with exit status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        arguments = _with_config(arguments)
+    except UserError as error:
+        print(f"vittle: {error}", file=sys.stderr)
+        return 2
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -25,6 +32,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _with_config(arguments: list[str]) -> list[str]:
+    """The options of ``--config FILE`` before those of the command line, which override them."""
+    if "--config" not in arguments[:-1]:
+        return arguments
+    import yaml
+
+    at = arguments.index("--config")
+    path = Path(arguments[at + 1])
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"config {path} must hold options and values, such as `learning-rate: 2.0e-5`")
+    known = {flag for action in _train_parser()._actions for flag in action.option_strings}
+    options = []
+    for name, value in settings.items():
+        flag = f"--{str(name).replace('_', '-')}"
+        if flag not in known or flag == "--config":
+            raise UserError(f"config {path} has {name!r}, which is no option of vittle train")
+        if isinstance(value, list | dict) or value is None:
+            raise UserError(f"config {path} has {value!r} for {name}; must be one value")
+        if value is not False:
+            options += [flag] if value is True else [flag, str(value)]
+    return [*arguments[:1], *options, *arguments[1:at], *arguments[at + 2 :]]
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    commands = next(each for each in _parser()._actions if isinstance(each, argparse._SubParsersAction))
+    parser: argparse.ArgumentParser = commands.choices["train"]
+    return parser
 
 
 def _application(module: str) -> Any:
@@ -125,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     _add_data(train)
     add = train.add_argument
+    add("--config", metavar="FILE", help="YAML of these options; those of the command line override it")
     add("--output", required=True, metavar="DIR", help="folder of the run; must be empty unless --resume")
     add("--stage", choices=("align", "tune"), default="tune", help="align: the projector alone, on captions")
     add("--plain", action="store_true", help="no bottleneck")

@@ -27,13 +27,14 @@ SIDE = {"height": 4, "width": 4}
 
 
 @cache
-def metaspace() -> PreTrainedTokenizerFast:
+def metaspace(more_words: str = "") -> PreTrainedTokenizerFast:
     """A BPE like LLaVA-1.5's: ▁ for a space and before the text, and bytes for unknown characters."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     trainer = trainers.BpeTrainer(special_tokens=SPECIAL, show_progress=False)
-    bpe.train_from_iterator([f"{space}{word}" for word in CORPUS.split() for space in ("", " ")], trainer)
+    words = f"{CORPUS} {more_words}".split()
+    bpe.train_from_iterator([f"{space}{word}" for word in words for space in ("", " ")], trainer)
     state = json.loads(bpe.to_str())
     vocab = state["model"]["vocab"]
     vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
