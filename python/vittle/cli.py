@@ -110,7 +110,7 @@ def _assemble(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     demo = _application("vittle.demo")
-    demo.run(options.output, seed=options.seed)
+    demo.run(options.output, seed=options.seed, methods=options.methods)
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:
@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
                                formatter_class=formatter)  # fmt: skip
     demo.add_argument("--output", default="runs/demo", help="folder of the report and the plot")
     demo.add_argument("--seed", type=int, default=0, help="of the data, the training and the corruptions")
+    demo.add_argument("--methods", nargs="+", choices=("plain", "bottleneck", "instruct", "both"),
+                      default=["plain", "bottleneck"], metavar="METHOD",
+                      help="of plain, bottleneck (Vittle), instruct (L2T), both")  # fmt: skip
     demo.set_defaults(run=_demo)
 
     labels = commands.add_parser("labels", help="show which tokens of the data have labels",

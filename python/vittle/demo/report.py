@@ -5,23 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-METHODS = ("plain", "bottleneck")
 _LOOKS: dict[str, dict[str, Any]] = {
     "plain": {"color": "#a8adb8", "linewidth": 3.5, "markersize": 7},  # still seen where the other covers it
     "bottleneck": {"color": "#c2410c", "linewidth": 1.5, "markersize": 4},
+    "instruct": {"color": "#2f6f9f", "linewidth": 1.5, "markersize": 4},
+    "both": {"color": "#6b4c9a", "linewidth": 1.5, "markersize": 4},
 }
 
 
 def table(report: dict[str, Any]) -> str:
     """What came out, in at most 80 columns."""
     accuracy, kl = report["accuracy"], report["kl"]
+    methods = list(kl)
+    first = accuracy[methods[0]]
 
     def row(name: str, values: list[str]) -> str:
-        return f"{name:<34}" + "".join(f"{value:>14}" for value in values)
+        return f"{name:<34}" + "".join(f"{value:>{46 // max(3, len(methods))}}" for value in values)
 
     def percent(*path: str) -> list[str]:
         values = []
-        for method in METHODS:
+        for method in methods:
             value: Any = accuracy[method]
             for key in path:
                 value = value[key]
@@ -29,15 +32,15 @@ def table(report: dict[str, Any]) -> str:
         return values
 
     def number(key: str, form: str, scale: float = 1) -> list[str]:
-        return [format(report[key][method] / scale, form) for method in METHODS]
+        return [format(report[key][method] / scale, form) for method in methods]
 
     def divergence(modality: str) -> list[str]:
-        return ["-" if kl[method] is None else f"{kl[method][modality]:.4f}" for method in METHODS]
+        return ["-" if kl[method] is None else f"{kl[method][modality]:.4f}" for method in methods]
 
-    lines = [row("", list(METHODS)), row("accuracy, clean", percent("clean"))]
-    lines += [row(f"    {kind}", percent("by_question", kind)) for kind in accuracy["plain"]["by_question"]]
+    lines = [row("", methods), row("accuracy, clean", percent("clean"))]
+    lines += [row(f"    {kind}", percent("by_question", kind)) for kind in first["by_question"]]
     lines.append(row("accuracy, shifted", percent("shifted")))
-    for kind, severities in accuracy["plain"]["by_shift"].items():
+    for kind, severities in first["by_shift"].items():
         lines += [row(f"    {kind}, severity {each}", percent("by_shift", kind, each)) for each in severities]
     lines += [
         row("KL vision, nats a dimension", divergence("vision")),
@@ -57,11 +60,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     accuracy = report["accuracy"]
-    kinds = list(accuracy["plain"]["by_shift"])
+    methods = list(report["kl"])
+    kinds = list(accuracy[methods[0]]["by_shift"])
     figure = Figure(figsize=(3.1 * len(kinds), 3.4), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(kinds), sharey=True)
     for panel, kind in zip(panels, kinds, strict=True):
-        for method in METHODS:
+        for method in methods:
             shifted = accuracy[method]["by_shift"][kind]
             severities = [0, *map(int, shifted)]
             values = [100 * accuracy[method]["clean"], *(100 * value for value in shifted.values())]
