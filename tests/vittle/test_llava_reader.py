@@ -65,7 +65,7 @@ def test_reads_records_in_order(folder: Path) -> None:
         {"role": "user", "content": [text("sure?")]},
         {"role": "assistant", "content": [text("yes")]},
     ]
-    assert dataset[1]["images"] == []
+    assert dataset[1]["images"] == [] and dataset[1]["place"] == f"{dataset.path}: record 1 (id 7)"
     assert dataset[2]["messages"][0]["content"] == [text("compare"), image(), text("with"), image()]
     assert [picture.size for picture in dataset[2]["images"]] == [(64, 64), (4, 2)]
 

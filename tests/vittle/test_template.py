@@ -48,6 +48,8 @@ GEMMA3 = (
 )
 TEMPLATES = {"llava": LLAVA, "chatml": CHATML, "llama3": LLAMA3, "gemma3": GEMMA3}
 
+REMEDY = "set the processor's chat_template to one that only appends what it is given"
+
 CORPUS = (
     "USER: ASSISTANT: system user assistant model You are a helpful assistant. "
     "which digit is this? it is a six. what colour is the left one"
@@ -143,23 +145,23 @@ LOOP = "{% for message in messages %}BODY{% endfor %}"
 BAD_TEMPLATES = {
     "rewrites a turn": (
         "{{ messages | length }}" + LOOP.replace("BODY", f"{{{{ {TEXT} }}}}"),
-        "the chat template rewrites earlier turns once turn 2 follows",
+        f"the chat template rewrites earlier turns once turn 2 follows; {REMEDY}",
     ),
     "leaves texts out": (
         LOOP.replace("BODY", "{{ message['role'] }}"),
-        "the chat template does not write each text of the conversation once",
+        f"the chat template does not write each text of the conversation once; {REMEDY}",
     ),
     "writes a text twice": (
         LOOP.replace("BODY", f"{{{{ {TEXT} + {TEXT} }}}}"),
-        "the chat template does not write each text of the conversation once",
+        f"the chat template does not write each text of the conversation once; {REMEDY}",
     ),
     "prints the list of parts": (
         LOOP.replace("BODY", "{{ message['content'] }}"),
-        "the chat template does not write each text of the conversation once",
+        f"the chat template does not write each text of the conversation once; {REMEDY}",
     ),
     "alters a text": (
         LOOP.replace("BODY", f"{{{{ {TEXT}.upper() }}}}"),
-        "the chat template alters the texts of the conversation",
+        f"the chat template alters the texts of the conversation; {REMEDY}",
     ),
     "takes strings only": (
         LOOP.replace("BODY", "{{ 'Q: ' + message['content'] }}"),

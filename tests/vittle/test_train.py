@@ -110,6 +110,10 @@ def test_an_existing_run_is_refused_or_resumed(
         (("--data", "no.json"), "no.json"),
         (("--layer", "99"), "layer is 99; must be in [1, "),
         (("--beta", "-1"), "beta is -1.0; must not be negative"),
+        (
+            ("--max-length", "10"),
+            '(id "questions-000',  # the file and the record come first
+        ),
         (("--max-length", "10"), "max_length 10 cuts image tokens or the whole answer; raise max_length to"),
     ],
 )

@@ -81,12 +81,12 @@ class Collator:
         try:
             rendering = self.template.render(item["messages"])
         except UserError as error:
-            raise UserError(f"record {item['id']!r}: {error}") from error
+            raise UserError(f"{_place(item)}: {error}") from error
         token = self.processor.image_token
         found, expected = rendering.text.count(token), len(item["images"])
         if found != expected:
             raise UserError(
-                f"record {item['id']!r}: its rendered chat has {found} {token} placeholder(s) "
+                f"{_place(item)}: its rendered chat has {found} {token} placeholder(s) "
                 f"and {expected} image(s); there must be one placeholder per image"
             )
         return rendering
@@ -129,9 +129,13 @@ class Collator:
         needed = 1 + max(last_image, kinds.index(Kind.RESPONSE))
         if needed > self.max_length:
             raise UserError(
-                f"record {item['id']!r}: max_length {self.max_length} cuts image tokens or the whole answer; "
+                f"{_place(item)}: max_length {self.max_length} cuts image tokens or the whole answer; "
                 f"raise max_length to {needed} or more"
             )
+
+
+def _place(item: Item) -> str:
+    return item.get("place", f"record {item['id']!r}")
 
 
 def _owner(text: str, start: int, end: int) -> int:

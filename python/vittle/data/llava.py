@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypedDict
+from typing import Any, BinaryIO, Literal, NotRequired, TypedDict
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -30,6 +30,8 @@ class Item(TypedDict):
     id: str | int
     messages: list[Message]
     images: list[Image.Image]
+    place: NotRequired[str]
+    """The file and the record's place in it, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,8 @@ class LlavaDataset(Dataset[Item]):
                     raise located from error
                 print(f"skipped: {located}", file=sys.stderr, flush=True)
                 continue
-            return {"id": record.id, "messages": record.messages, "images": images}
+            place = f"{self.path}: record {self._index.positions[position]} (id {_found(record.id)})"
+            return {"id": record.id, "messages": record.messages, "images": images, "place": place}
         raise UserError(f"{self.path} has no record whose images can be decoded")
 
     def record(self, index: int) -> Record:

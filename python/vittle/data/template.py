@@ -19,6 +19,9 @@ from vittle.errors import UserError
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 
 
+_REMEDY = "set the processor's chat_template to one that only appends what it is given"
+
+
 class Kind(IntEnum):
     """What a character or a token of a training text is."""
 
@@ -79,7 +82,7 @@ class ChatTemplate:
         for count in range(1, len(masked) + 1):
             before, rendered = rendered, self._apply(masked[:count])
             if not rendered.startswith(before):
-                raise UserError(f"the chat template rewrites earlier turns once turn {count} follows")
+                raise UserError(f"the chat template rewrites earlier turns once turn {count} follows; {_REMEDY}")
             head, *rest = _STAND_IN.split(rendered.removeprefix(before))
             pieces.append((head, Kind.TEMPLATE))
             for number, literal in zip(map(int, rest[::2]), rest[1::2], strict=True):
@@ -89,9 +92,9 @@ class ChatTemplate:
                 numbers.append(number)
 
         if sorted(numbers) != list(range(len(texts))):
-            raise UserError("the chat template does not write each text of the conversation once")
+            raise UserError(f"the chat template does not write each text of the conversation once; {_REMEDY}")
         if _STAND_IN.sub(lambda match: texts[int(match[1])][0], rendered) != self._apply(messages):
-            raise UserError("the chat template alters the texts of the conversation")
+            raise UserError(f"the chat template alters the texts of the conversation; {_REMEDY}")
         return _join(pieces)
 
     def _apply(self, messages: Sequence[Message]) -> str:
