@@ -165,7 +165,7 @@ class TrainResult:
     data_share: float
     """Of the time, spent waiting for data."""
     skipped: int
-    """Records that were bad."""
+    """Records that were bad, and times that one had a broken image."""
 
 
 def load_model(path: str) -> tuple[Any, Any]:
@@ -244,9 +244,11 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     model.eval()
     save_run(model, processor, output)
     seconds = outcome.metrics["train_runtime"]
+    if dataset.broken:
+        print(f"{int(dataset.broken)} times a record gave way to the next, for an image that cannot be decoded")
     return TrainResult(
         model, processor, trainer.state.log_history, outcome.global_step, seconds,
-        trainer.data_seconds / seconds, len(dataset.bad),
+        trainer.data_seconds / seconds, len(dataset.bad) + int(dataset.broken),
     )  # fmt: skip
 
 

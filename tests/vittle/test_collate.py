@@ -22,6 +22,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from vittle.data import Collator
 from vittle.errors import UserError
+from vittle.methods.instruct import TaskTemplates
 
 SIDE = {"height": 4, "width": 4}
 
@@ -206,6 +207,17 @@ def test_tokens_decode_back_to_the_turns(family: str, tokenizer: Any, turns: lis
     assert decoded_runs(tokenizer, ids, labels != -100) == [a + ENDINGS[family] for _, a, _ in turns]
     assert decoded_runs(tokenizer, ids, instruction) == [q for q, _, _ in turns]
     assert (ids == tokenizer.convert_tokens_to_ids("<image>")).sum() == 4 * sum(n for *_, n in turns)
+
+    for listed in ({}, {turns[0][0]: 2}):  # with all instructions, and without the first question
+        instruct = Collator(
+            processor(TEMPLATES[family], tokenizer), loss="instruct", task_templates=TaskTemplates(listed)
+        )([record])
+        both = instruct["labels"][0] != -100
+        assert torch.equal(instruct["instruction_mask"][0], instruction[: len(both)])
+        response = (labels != -100)[: len(both)]
+        assert not (response & ~both).any() and not (both & ~response & ~instruction[: len(both)]).any()
+        if not listed:
+            assert torch.equal(both, response | instruction[: len(both)])
 
 
 def decoded_runs(tokenizer: Any, ids: Tensor, mask: Tensor) -> list[str]:

@@ -109,8 +109,11 @@ def test_a_broken_image_gives_way_and_is_named(tmp_path: Path, capsys: pytest.Ca
     records[1] |= {"image": "broken.png", "conversations": turns}
     path.write_text(json.dumps(records))
     (tmp_path / "broken.png").write_text("no image")
-    assert LlavaDataset(path, tmp_path, on_bad="skip")[1]["id"] == 2
+    data = LlavaDataset(path, tmp_path, on_bad="skip")
+    assert data[1]["id"] == 2 and data.broken == 1
     assert f"skipped: {path}: record 1 (id 1): image {tmp_path / 'broken.png'} cannot be" in capsys.readouterr().err
+    assert sorted(item["id"] for item in DataLoader(data, batch_size=None, num_workers=2)) == [0, 2, 2]
+    assert data.broken == 2  # a worker's count too
 
 
 BIG = """

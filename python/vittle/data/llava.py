@@ -11,6 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NotRequired, TypedDict
 
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -86,6 +87,8 @@ class LlavaDataset(Dataset[Item]):
         if not self._folder.is_dir():
             raise UserError(f"the image folder {images} is missing or not a folder")
         self.bad: list[str] = []
+        self.broken = torch.zeros((), dtype=torch.int64).share_memory_()
+        """How often a record gave way for a broken image, in whatever process."""
         self._index = self._build(unique_ids, progress)
         if not len(self._index):
             raise UserError(f"{self.path} has no good record; the first of {len(self.bad)} bad ones: {self.bad[0]}")
@@ -106,6 +109,7 @@ class LlavaDataset(Dataset[Item]):
                 located = self._located(error, self._index.positions[position], record.id)
                 if self.on_bad == "stop":
                     raise located from error
+                self.broken += 1
                 print(f"skipped: {located}", file=sys.stderr, flush=True)
                 continue
             place = f"{self.path}: record {self._index.positions[position]} (id {_found(record.id)})"
