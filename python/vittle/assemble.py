@@ -15,6 +15,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vittle.errors import UserError
 
@@ -38,8 +39,9 @@ polite answers to the user's questions.
 def assemble(vision: str, language: str, output: str, *, seed: int = 0) -> None:
     """Writes model, tokenizer and processor into a new folder.
 
-    The vision tower is CLIP's or SigLIP's; its features are taken before its last layer, without a class token, as in
-    LLaVA-1.5. The tokenizer gets an ``<image>`` token and, if it has none, a padding token.
+    The vision tower is CLIP's or SigLIP's; its features are taken before its last layer, without a class token, from
+    pictures padded to a square with the mean colour, as in LLaVA-1.5. The tokenizer gets an ``<image>`` token and, if
+    it has none, a padding token.
 
     Raises:
         UserError: a part is not such a model, or the folder is not empty.
@@ -53,7 +55,7 @@ def assemble(vision: str, language: str, output: str, *, seed: int = 0) -> None:
         raise UserError(f"vision is {vision!r}, a {type(tower).__name__}; must be a CLIP or SigLIP vision tower")
     llm = _part("language", language, AutoModelForCausalLM)
     tokenizer = _part("language", language, AutoTokenizer)
-    images = _part("vision", vision, AutoImageProcessor)
+    images = _padding(_part("vision", vision, AutoImageProcessor))
 
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if tokenizer.pad_token is None:
@@ -84,10 +86,18 @@ def assemble(vision: str, language: str, output: str, *, seed: int = 0) -> None:
     processor.save_pretrained(folder)
 
 
+def _padding(images: Any) -> LlavaImageProcessorPil:
+    """The tower's own sizes and statistics, on pictures that are padded to a square first, as LLaVA-1.5 trains."""
+    settings = images.to_dict()
+    names = ("size", "crop_size", "do_center_crop", "resample", "rescale_factor", "image_mean", "image_std")
+    chosen = {name: settings[name] for name in names if settings.get(name) is not None}
+    return LlavaImageProcessorPil(**{"do_center_crop": False} | chosen, do_pad=True)
+
+
 def _part(option: str, path: str, kind: Any) -> Any:
     try:
         return kind.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{option} is {path!r}; must be a folder or Hub id of such a model: {reason}") from error
 

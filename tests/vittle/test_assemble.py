@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_collate import metaspace
 from transformers import (
     AutoModelForImageTextToText,
@@ -51,6 +52,10 @@ def test_two_stages_from_parts(parts: tuple[Path, Path], tmp_path: Path, capsys:
     ids = torch.tensor([[3, 5, 7]])
     torch.testing.assert_close(model(input_ids=ids).logits[..., : llm.config.vocab_size], llm(ids).logits)
     assert model.config.image_token_id == processor.tokenizer.convert_tokens_to_ids("<image>")
+
+    wide = processor.image_processor(Image.new("RGB", (32, 16), "red"), return_tensors="pt")["pixel_values"][0]
+    assert wide.shape == (3, 16, 16)
+    assert wide[:, 0].abs().max() < 0.03 and wide[0, 8].min() > 1  # the mean colour above, red in the middle
 
     data = write_dataset(tmp_path / "data", split="train", count=8, seed=0)
     images = str(tmp_path / "data" / "images")
