@@ -10,15 +10,13 @@ A kernel that fails its check is not timed, and the exit code is 1. ``pytest-ben
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from contenders import Contender, Inputs, Op, contenders, failure, kernel_alone, make_inputs
-from records import Entry, Results, entry, failed, machine
+from records import Entry, Results, entry, failed, machine, one_line, parser
 from report import draw, table
 from timing import Step, kept_bytes, peak_bytes, take_turns
 
@@ -78,7 +76,7 @@ def runs(entrant: Contender, inputs: Inputs) -> str | None:
     try:
         forward_backward(entrant.op, inputs).run()
     except Exception as error:  # of many kinds
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        return one_line(error)
     return None
 
 
@@ -119,14 +117,11 @@ def compare(entrants: Sequence[Contender], inputs: Inputs, turns: int, facts: En
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where a kernel fails its check."""
-    parser = argparse.ArgumentParser(description="Times fused_ib against what people write in PyTorch.")
-    parser.add_argument("--rows", type=int, default=2048, help="tokens (2048)")
-    parser.add_argument("--width", type=int, default=4096, help="columns (4096)")
-    parser.add_argument("--turns", type=int, default=15, help="times that each contender is timed (15)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder to write to (runs/bench)")
-    parser.add_argument("--smoke", action="store_true", help="tiny and without torch.compile: does it run at all?")
-    options = parser.parse_args(arguments)
+    command = parser("Times fused_ib against what people write in PyTorch.", turns=15)
+    command.add_argument("--rows", type=int, default=2048, help="tokens (2048)")
+    command.add_argument("--width", type=int, default=4096, help="columns (4096)")
+    command.add_argument("--smoke", action="store_true", help="tiny and without torch.compile: does it run at all?")
+    options = command.parse_args(arguments)
     if options.smoke:
         options.rows, options.width, options.turns = 32, 256, 3
 

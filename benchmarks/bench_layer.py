@@ -7,15 +7,13 @@ In training, with a fixed prior; 576 of 704 tokens are vision tokens, as in a LL
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from contenders import ALPHA, BACKENDS, drawn_on_the_host
 from layers import EagerBottleneck, failure
-from records import Entry, Results, entry, failed, machine
+from records import Entry, Results, entry, failed, machine, parser
 from report import table
 from timing import Step, kept_bytes, peak_bytes, take_turns
 from torch import Tensor, nn
@@ -87,14 +85,11 @@ def _forward_backward(run: Callable[[], object], leaves: Sequence[Tensor], grad:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where a layer fails its check."""
-    parser = argparse.ArgumentParser(description="Times FusedIB, heads included, against the layer as people write it.")
-    parser.add_argument("--rows", type=int, default=2 * TOKENS, help=f"tokens ({2 * TOKENS})")
-    parser.add_argument("--width", type=int, default=1024, help="columns (1024)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the states (float32)")
-    parser.add_argument("--turns", type=int, default=9, help="times that each step is timed (9)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder to write to (runs/bench)")
-    options = parser.parse_args(arguments)
+    command = parser("Times FusedIB, heads included, against the layer as people write it.", turns=9)
+    command.add_argument("--rows", type=int, default=2 * TOKENS, help=f"tokens ({2 * TOKENS})")
+    command.add_argument("--width", type=int, default=1024, help="columns (1024)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the states (float32)")
+    options = command.parse_args(arguments)
     device = torch.device(options.device)
     facts = machine(device)
     results = Results(options.output / "layer.json")

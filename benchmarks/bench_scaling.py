@@ -7,17 +7,15 @@ A flat line is linear scaling. What a step allocates is part of its time, as in 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench_fused_ib import copy_steps, forward, forward_backward
 from contenders import BACKENDS, failure, make_inputs, ours
-from records import machine
+from records import machine, parser
 from report import draw_scaling
 from timing import take_turns
 
@@ -45,13 +43,10 @@ def measure(along: str, elements: int, backend: str, device: torch.device, turns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Times fused_ib over problem sizes.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", help="of fused_ib (cpu, or cuda)")
-    parser.add_argument("--powers", type=int, nargs=2, default=(16, 26), help="of two, elements from and to (16 26)")
-    parser.add_argument("--turns", type=int, default=9, help="times that each step is timed (9)")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder to write to (runs/bench)")
-    options = parser.parse_args(arguments)
+    command = parser("Times fused_ib over problem sizes.", turns=9)
+    command.add_argument("--backend", help="of fused_ib (cpu, or cuda)")
+    command.add_argument("--powers", type=int, nargs=2, default=(16, 26), help="of two, elements from and to (16 26)")
+    options = command.parse_args(arguments)
     device = torch.device(options.device)
     backend = options.backend or BACKENDS[options.device][-1]
     points = []

@@ -11,17 +11,15 @@ LoRA (no gradient of their weights), three times in full tuning and four times w
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from layers import EagerBottleneck, failure
-from records import Entry, Results, entry, failed, machine
+from records import Entry, Results, entry, failed, machine, parser
 from report import by_problem, median, table
 from timing import Step, peak_bytes, take_turns
 from torch import Tensor, nn
@@ -210,15 +208,12 @@ def summary(results: Results) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where the layer fails its check."""
-    parser = argparse.ArgumentParser(description="What the bottleneck adds to a training step of a LLaVA-1.5-7B.")
-    parser.add_argument("--tuning", choices=tuple(TUNINGS), nargs="+", default=list(TUNINGS), help="(lora full)")
-    parser.add_argument("--layers", type=int, default=32, help="decoder layers (32)")
-    parser.add_argument("--batch", type=int, default=16, help="samples of 576 + 128 tokens (16)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the model (bfloat16)")
-    parser.add_argument("--turns", type=int, default=15, help="times that each step is timed (15)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder to write to (runs/bench)")
-    options = parser.parse_args(arguments)
+    command = parser("What the bottleneck adds to a training step of a LLaVA-1.5-7B.", turns=15)
+    command.add_argument("--tuning", choices=tuple(TUNINGS), nargs="+", default=list(TUNINGS), help="(lora full)")
+    command.add_argument("--layers", type=int, default=32, help="decoder layers (32)")
+    command.add_argument("--batch", type=int, default=16, help="samples of 576 + 128 tokens (16)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the model (bfloat16)")
+    options = command.parse_args(arguments)
     device = torch.device(options.device)
     facts = machine(device)
     results = Results(options.output / "step.json")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from records import one_line
 from torch import Tensor
 
 from vittle_kernels import available_backends, fused_ib, noise
@@ -177,5 +178,5 @@ def failure(backend: str, inputs: Inputs) -> str | None:
             rtol = max(1e-5, torch.finfo(value.dtype).eps)
             torch.testing.assert_close(value.double(), true_value, rtol=rtol, atol=1e-5)
     except Exception as error:  # of many kinds: wrong numbers, a kernel that does not compile, ...
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        return one_line(error)
     return None

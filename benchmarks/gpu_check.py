@@ -32,7 +32,7 @@ import bench_layer
 import bench_step
 import torch
 from contenders import contenders, make_inputs
-from records import Entry, Results, machine
+from records import Entry, Results, machine, one_line
 from report import table
 from roofline import draw_roofline
 from static_cost import count
@@ -97,8 +97,7 @@ def run_stage(items: Sequence[Item], check: Check) -> int:
             return INCOMPLETE
         except Exception as error:  # out of memory, a kernel that does not compile, ...: the next item may do
             traceback.print_exc()
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            checks[item.name] = {"passed": False, "detail": reason, "machine": check.facts}
+            checks[item.name] = {"passed": False, "detail": one_line(error), "machine": check.facts}
         gc.collect()  # a model stays in cycles
         torch.cuda.empty_cache()
         check.results.save(check.facts)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from contenders import eager, make_inputs
 from contenders import failure as op_failure
+from records import one_line
 from torch import Tensor, nn
 
 from vittle_kernels import FusedIB, FusedIBOutput
@@ -84,5 +85,5 @@ def failure(backend: str, width: int, dtype: torch.dtype, device: torch.device) 
                 atol = (1e-4 if each == torch.float32 else 2e-2) * true_value.abs().max().item()
                 torch.testing.assert_close(value.float(), true_value, rtol=0, atol=atol)
     except Exception as error:  # of many kinds: wrong numbers, a kernel that does not compile, ...
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        return one_line(error)
     return None

@@ -6,6 +6,7 @@ wrong and so were not timed. Every entry says on what machine, with what version
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -49,6 +50,20 @@ def entry(
 def failed(problem: Mapping[str, Any], contender: str, failure: str, facts: Entry) -> Entry:
     """A contender that was wrong."""
     return {"params": {**problem, "contender": contender}, "failure": failure, "extra_info": {"machine": facts}}
+
+
+def parser(description: str, turns: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--turns", type=int, default=turns, help=f"times that each step is timed ({turns})")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder to write to (runs/bench)")
+    return options
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, as an entry's failure."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class Results:

@@ -80,14 +80,10 @@ def _application(module: str) -> Any:
 def _train(options: argparse.Namespace) -> None:
     train = _application("vittle.train")
     settings = vars(options)
-    bottleneck = None
-    if options.stage == "align":
-        settings["learning_rate"] = options.learning_rate or 1e-3
-    else:
-        settings["learning_rate"] = options.learning_rate or 2e-5
-    if not options.plain and options.stage != "align":
-        names = BottleneckConfig.__dataclass_fields__
-        bottleneck = BottleneckConfig(**{name: settings[name] for name in names})
+    is_align, bottleneck = options.stage == "align", None
+    settings["learning_rate"] = options.learning_rate or (1e-3 if is_align else 2e-5)
+    if not (options.plain or is_align):
+        bottleneck = BottleneckConfig(**{name: settings[name] for name in BottleneckConfig.__dataclass_fields__})
     names = train.TrainConfig.__dataclass_fields__.keys() - {"bottleneck"}
     result = train.train(train.TrainConfig(bottleneck=bottleneck, **{name: settings[name] for name in names}))
     waited = f"{100 * result.data_share:.1f} % of it waiting for data"

@@ -52,8 +52,7 @@ def spans(collator: Collator, item: Any) -> Iterator[tuple[str, str]]:
 
     for name, run in groupby(tokens, kind):
         ids = [id for id, _, _ in run]
-        text = tokenizer.decode(ids)
-        yield name, f"{tokenizer.decode(ids[:1])} x {len(ids)}" if name == "image" else text
+        yield name, f"{tokenizer.decode(ids[:1])} x {len(ids)}" if name == "image" else tokenizer.decode(ids)
 
 
 def in_terminal(samples: Sequence[tuple[str, list[tuple[str, str]]]], colour: bool) -> str:

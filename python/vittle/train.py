@@ -35,6 +35,7 @@ from vittle.methods.bottleneck import (
 )
 from vittle.methods.instruct import Loss, TaskTemplates
 from vittle.methods.peft import base_model
+from vittle.methods.saving import PREFIX
 
 RUN_FILE = "vittle_run.json"
 """The run's settings, in its output folder."""
@@ -134,7 +135,7 @@ class BottleneckTrainer(Trainer):
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict()
         if hasattr(model, "bottleneck"):
             attachment_of(model).load(Path(resume_from_checkpoint))
-            saved |= {name: t for name, t in model.state_dict().items() if name.startswith("bottleneck.")}
+            saved |= {name: t for name, t in model.state_dict().items() if name.startswith(PREFIX)}
         model.load_state_dict(saved)
 
     def _load_best_model(self) -> None:
@@ -341,7 +342,7 @@ def save_run(model: Any, processor: Any, output: Path) -> None:
     """Writes the model as transformers reads it, its processor, and the bottleneck beside them."""
     processor.save_pretrained(output)
     if isinstance(model, PreTrainedModel):
-        state = {name: value for name, value in model.state_dict().items() if not name.startswith("bottleneck.")}
+        state = {name: value for name, value in model.state_dict().items() if not name.startswith(PREFIX)}
         model.save_pretrained(output, state_dict=state)
         if hasattr(model, "bottleneck"):
             save_bottleneck(model, output)

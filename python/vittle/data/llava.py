@@ -118,8 +118,7 @@ class LlavaDataset(Dataset[Item]):
 
     def record(self, index: int) -> Record:
         """A record without its images decoded."""
-        raw = read_record(self._opened(), self._index.offsets[index], self._index.sizes[index])
-        return parse_record(raw, self._folder)
+        return parse_record(self._raw(index), self._folder)
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -134,11 +133,14 @@ class LlavaDataset(Dataset[Item]):
     def instructions(self) -> Iterator[str]:
         """The texts of all instructions, in order, images left out."""
         for index in range(len(self)):
-            for message in self.record(index).messages[::2]:
-                yield from (part["text"] for part in message["content"] if part["type"] == "text")
+            for turn in _turns(self._raw(index)["conversations"])[::2]:  # its images need no second look
+                yield from (part["text"] for part in _parts(turn) if part["type"] == "text")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}
+
+    def _raw(self, index: int) -> Any:
+        return read_record(self._opened(), self._index.offsets[index], self._index.sizes[index])
 
     def _opened(self) -> BinaryIO:
         """The file, opened once in each process: a worker must not share its parent's place in it."""

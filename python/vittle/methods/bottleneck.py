@@ -169,11 +169,9 @@ class Attachment:
             attended = batch.get("attention_mask")
             if isinstance(attended, Tensor) and attended.shape == labels.shape:
                 text_kl = text_kl & attended.bool()
-        no_vision = torch.zeros_like(labels, dtype=torch.bool)
-        text_kl = text_kl & ~(no_vision if vision is None else vision)
-        weights = token_weights(
-            labels, no_vision if vision is None else vision, text_kl, batch.get("num_items_in_batch")
-        )
+        is_vision = torch.zeros_like(labels, dtype=torch.bool) if vision is None else vision
+        text_kl = text_kl & ~is_vision
+        weights = token_weights(labels, is_vision, text_kl, batch.get("num_items_in_batch"))
         return _Tokens(vision, text_kl, weights)
 
     def _warn_of_no_labels(self) -> None:

@@ -49,7 +49,7 @@ def _is(module: Any, name: str) -> bool:
 def _registered(parent: nn.Module, name: str, module: Any) -> None:
     """The model goes into a tuner, which freezes it; then the tuner into a PeftModel."""
     if name == "model" and _is(parent, "BaseTuner") and (attachment := getattr(module, "_attachment", None)):
-        attachment.trainable = [parameter.requires_grad for parameter in attachment.module.parameters()]
+        attachment.trainable = _trainable(attachment)
     if name == "base_model" and _is(parent, "PeftModel") and _is(module, "BaseTuner"):
         attachment = getattr(module.model, "_attachment", None)
         if attachment is not None and attachment.trainable is not None:
@@ -58,18 +58,40 @@ def _registered(parent: nn.Module, name: str, module: Any) -> None:
             follow(parent)
 
 
-class _WithBottleneck(saving.Replaced):
+ADAPTER_METHODS = ("add_adapter", "load_adapter")
+"""Of transformers' own models: they freeze what is no adapter."""
+
+
+class KeepTrainable(saving.Replaced):
+    """A method that freezes whatever is no adapter, and leaves the bottleneck as it was."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the method."""
+        attachment = self.attachment
+        if attachment is None:
+            return self.method(*args, **kwargs)
+        trainable = _trainable(attachment)
+        try:
+            return self.method(*args, **kwargs)
+        finally:
+            _restore(attachment, trainable)
+
+    @property
+    def attachment(self) -> Any:
+        """The bottleneck's, or None once it is detached."""
+        return getattr(base_model(self.owner), "_attachment", None)
+
+
+class _WithBottleneck(KeepTrainable):
     """A PeftModel's ``save_pretrained`` or ``load_adapter``, then the bottleneck's files in the same folder."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's."""
         given = self.arguments(args, kwargs)
-        attachment = getattr(base_model(self.owner), "_attachment", None)
+        result = super().__call__(*args, **kwargs)
+        attachment = self.attachment
         if attachment is None:
-            return self.method(*args, **kwargs)
-        trainable = [parameter.requires_grad for parameter in attachment.module.parameters()]
-        result = self.method(*args, **kwargs)
-        _restore(attachment, trainable)
+            return result
         if self.name == "save_pretrained" and given.get("is_main_process", True):
             tensors = attachment.module.state_dict()
             gathered = {
@@ -83,23 +105,8 @@ class _WithBottleneck(saving.Replaced):
         return result
 
 
-ADAPTER_METHODS = ("add_adapter", "load_adapter")
-"""Of transformers' own models: they freeze what is no adapter."""
-
-
-class KeepTrainable(saving.Replaced):
-    """A method that freezes whatever is no adapter, and leaves the bottleneck as it was."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the method."""
-        attachment = getattr(base_model(self.owner), "_attachment", None)
-        if attachment is None:
-            return self.method(*args, **kwargs)
-        trainable = [parameter.requires_grad for parameter in attachment.module.parameters()]
-        try:
-            return self.method(*args, **kwargs)
-        finally:
-            _restore(attachment, trainable)
+def _trainable(attachment: Any) -> list[bool]:
+    return [parameter.requires_grad for parameter in attachment.module.parameters()]
 
 
 def _restore(attachment: Any, trainable: list[bool]) -> None:
