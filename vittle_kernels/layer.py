@@ -30,6 +30,9 @@ class FusedIBOutput(NamedTuple):
     """int64, 0-d: how many vision tokens there are."""
     text_tokens: Tensor
     """int64, 0-d: how many text tokens count towards ``kl_text``."""
+    posterior: Tensor | None = None
+    """(N, 2 D) in the heads' dtype, detached: each token's mean, then log-variance before it is bounded, vision tokens
+    first; None in eval mode."""
 
 
 class FusedIB(nn.Module):
@@ -109,6 +112,7 @@ class FusedIB(nn.Module):
         vision_mask: Tensor | None = None,
         text_kl_mask: Tensor | None = None,
         kl_weights: Tensor | None = None,
+        seed: int | Tensor | None = None,
     ) -> FusedIBOutput:
         """Passes every token through its modality's bottleneck.
 
@@ -119,6 +123,7 @@ class FusedIB(nn.Module):
                 vision tokens, which all count. None: all text tokens.
             kl_weights: fp32 (...), what each counted token weighs in ``kl_vision`` or ``kl_text``. None: 1 / their
                 number, the mean.
+            seed: of the noise, as in :func:`vittle_kernels.fused_ib`. None: drawn from torch's generator.
 
         Raises:
             TypeError, ValueError: an argument of wrong dtype or shape, named in the message.
@@ -158,6 +163,7 @@ class FusedIB(nn.Module):
             prior=self.prior,
             rows=rows,
             offsets=offsets,
+            seed=seed,
             logvar_bound=LOGVAR_BOUND,
             backend=self.backend,
         )
@@ -167,9 +173,8 @@ class FusedIB(nn.Module):
                 return torch.where(mask, kl, 0.0).sum() / count.clamp(min=1)
             return torch.where(mask, kl * kl_weights, 0.0).sum()
 
-        return FusedIBOutput(
-            out, total(vision_mask, vision_tokens), total(text_mask, text_tokens), vision_tokens, text_tokens
-        )
+        kl_vision, kl_text = total(vision_mask, vision_tokens), total(text_mask, text_tokens)
+        return FusedIBOutput(out, kl_vision, kl_text, vision_tokens, text_tokens, posterior.detach())
 
     def _heads(self, inputs: Tensor, offsets: Tensor, columns: int) -> Tensor:
         """Linear -> GELU -> the first columns of Linear, each row by the head of its group."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vittle import ranks
 from vittle.errors import UserError
 from vittle.methods.bottleneck import ALPHA_SCHEDULES, BottleneckConfig
 
@@ -27,10 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except UserError as error:
-        print(f"vittle: {error}", file=sys.stderr)
+        print(f"vittle: {ranks.label()}{error}", file=sys.stderr)
+        ranks.tell_launcher(error)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        ranks.tell_launcher(error)
+        raise
     return 0
 
 
@@ -86,6 +91,8 @@ def _train(options: argparse.Namespace) -> None:
         bottleneck = BottleneckConfig(**{name: settings[name] for name in BottleneckConfig.__dataclass_fields__})
     names = train.TrainConfig.__dataclass_fields__.keys() - {"bottleneck"}
     result = train.train(train.TrainConfig(bottleneck=bottleneck, **{name: settings[name] for name in names}))
+    if not ranks.is_first():
+        return
     waited = f"{100 * result.data_share:.1f} % of it waiting for data"
     print(f"{result.steps} steps in {result.seconds:.0f} s, {waited}; the model is in {options.output}")
 
@@ -209,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
     add("--workers", type=int, default=2, metavar="N", help="processes that decode images")
     add("--save-steps", type=int, default=500, metavar="N", help="steps between checkpoints; 0: none")
+    add("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest stay; 0: all")
     add("--log-steps", type=int, default=10, metavar="N", help="steps between log lines")
     add("--report-to", default="none", help="tensorboard, wandb or trackio, through transformers")
     add("--seed", type=int, default=42, help="of data order, noise and new weights")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import time
+import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,29 +15,24 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from vittle.data import CaptionCollator, Collator, LlavaDataset, ModalityLengthSampler
+from vittle import checkpoints, ranks
+from vittle.curves import CURVES, draw
+from vittle.data import CaptionCollator, Collator, LlavaDataset
 from vittle.errors import UserError
+from vittle.methods import saving
 from vittle.methods.bottleneck import (
     ALPHA_SCHEDULES,
-    AlphaSchedule,
     BottleneckConfig,
     attach_bottleneck,
     attachment_of,
-    save_bottleneck,
 )
 from vittle.methods.instruct import Loss, TaskTemplates
-from vittle.methods.peft import base_model
 from vittle.methods.saving import PREFIX
-
-RUN_FILE = "vittle_run.json"
-"""The run's settings, in its output folder."""
+from vittle.trainer import AlphaCallback, BottleneckTrainer, without_bars
 
 
 @dataclass(frozen=True)
@@ -71,87 +65,11 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     workers: int = 2
     save_steps: int = 500
+    keep_checkpoints: int = 2
     log_steps: int = 10
     report_to: str = "none"
     seed: int = 42
     resume: bool = False
-
-
-class AlphaCallback(TrainerCallback):
-    """Moves alpha along its schedule; what is trained ends, and is saved, with the schedule's final alpha."""
-
-    def __init__(self, bottleneck: Any, schedule: AlphaSchedule, alpha: float) -> None:
-        self.bottleneck, self.schedule, self.alpha = bottleneck, schedule, alpha
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Alpha for the step to come."""
-        self.bottleneck.set_alpha(self.schedule(self.alpha, state.global_step / state.max_steps))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Alpha for inference."""
-        self.bottleneck.set_alpha(self.alpha)
-
-
-class BottleneckTrainer(Trainer):
-    """transformers' Trainer, whose log also shows alpha, CE and the KL of each modality, and that resumes a LLaVA.
-
-    It takes a LlavaDataset in the order of :class:`vittle.data.ModalityLengthSampler` where the arguments ask for
-    batches of like lengths (``train_sampling_strategy="group_by_length"``).
-    """
-
-    data_seconds = 0.0
-    """What training waited for data."""
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own, timed."""
-        begin = time.perf_counter()
-        try:
-            return super().get_batch_samples(*args, **kwargs)
-        finally:
-            self.data_seconds += time.perf_counter() - begin
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, LlavaDataset):
-            return super()._get_train_sampler(train_dataset)
-        return ModalityLengthSampler(
-            data.lengths, data.image_counts, self.args.train_batch_size * self.args.gradient_accumulation_steps
-            * self.args.world_size, self.args.seed,
-        )  # fmt: skip
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """By from_pretrained, which knows the names under which save_pretrained writes a model.
-
-        transformers 5.23's own looks for the names that the model has now: a LLaVA would go on from the weights that
-        it started with, with a warning.
-        """
-        model = self.model if model is None else model
-        if not isinstance(model, PreTrainedModel):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict()
-        if hasattr(model, "bottleneck"):
-            attachment_of(model).load(Path(resume_from_checkpoint))
-            saved |= {name: t for name, t in model.state_dict().items() if name.startswith(PREFIX)}
-        model.load_state_dict(saved)
-
-    def _load_best_model(self) -> None:
-        if not isinstance(self.model, PreTrainedModel):
-            return super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the last step's values of the bottleneck to a training log."""
-        model = base_model(self.accelerator.unwrap_model(self.model))
-        if "loss" in logs and hasattr(model, "bottleneck"):
-            attachment = attachment_of(model)
-            logs |= {name: round(float(value), 4) for name, value in attachment.metrics.items()}
-            logs["alpha"] = round(float(attachment.module.alpha), 4)
-        super().log(logs, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -208,10 +126,12 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     if config.alpha_schedule not in ALPHA_SCHEDULES:
         choices = ", ".join(map(repr, ALPHA_SCHEDULES))
         raise UserError(f"alpha_schedule is {config.alpha_schedule!r}; must be one of {choices}")
-    output = Path(config.output)
-    checkpoint = _checkpoint_of(output, config.resume)
-    set_seed(config.seed)
+    args, output = training_arguments(config), Path(config.output)  # from here on the processes know each other
     dataset = _dataset(config)
+    # A batch without images leaves the projector out; LLaVA never reads its tower's last layer.
+    args.ddp_find_unused_parameters = config.tune_vision or not all(dataset.image_counts)
+    checkpoint, settings = ranks.agree(lambda: _begin(config, args.world_size))
+    set_seed(config.seed)
     model, processor = load_model(config.model)
     templates = task_templates(config.loss, config.task_templates, dataset)
     if config.stage == "align":
@@ -226,31 +146,52 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         schedule = ALPHA_SCHEDULES[config.alpha_schedule]
         callbacks.append(AlphaCallback(bottleneck, schedule, config.bottleneck.alpha))
     model = _tuned(model, config)
-
     trainer = BottleneckTrainer(
         model=model,
-        args=training_arguments(config),
+        args=args,
         train_dataset=dataset,
         data_collator=collator,
         callbacks=callbacks,
+        settings=settings,
     )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RUN_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-    if config.loss == "instruct":
+    if config.loss == "instruct" and ranks.is_first():
         templates.write(output)
     try:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         _end_progress(trainer)
-    model.eval()
-    save_run(model, processor, output)
+    save_run(trainer, processor, output)
+    if ranks.is_first():
+        draw(trainer.state.log_history, output / CURVES)
     seconds = outcome.metrics["train_runtime"]
     if dataset.broken:
         print(f"{int(dataset.broken)} times a record gave way to the next, for an image that cannot be decoded")
     return TrainResult(
-        model, processor, trainer.state.log_history, outcome.global_step, seconds,
+        model.eval(), processor, trainer.state.log_history, outcome.global_step, seconds,
         trainer.data_seconds / seconds, len(dataset.bad) + int(dataset.broken),
     )  # fmt: skip
+
+
+_FREE = {
+    "output", "resume", "data", "workers", "report_to", "log_steps", "save_steps", "keep_checkpoints",
+    "batch_size", "gradient_accumulation", "bottleneck",
+}  # fmt: skip
+"""Settings that a resumed run may change, as its losses do not depend on them, or that others below stand for."""
+
+
+def _begin(config: TrainConfig, processes: int) -> tuple[str | None, dict[str, Any]]:
+    """The checkpoint that the run goes on from, and the settings that its losses depend on."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    settings["global_batch"] = config.batch_size * config.gradient_accumulation * processes
+    bottleneck = {} if config.bottleneck is None else asdict(config.bottleneck)
+    settings |= {f"bottleneck.{name}": value for name, value in bottleneck.items()}
+    for name in ("model", "images"):
+        if Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    with Path(config.data).open("rb") as file:
+        settings["data_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    checkpoint = checkpoints.begin(Path(config.output), settings, config.resume)
+    return checkpoint if checkpoint is None else str(checkpoint), settings
 
 
 def _dataset(config: TrainConfig) -> LlavaDataset:
@@ -258,7 +199,7 @@ def _dataset(config: TrainConfig) -> LlavaDataset:
         config.data, config.images, on_bad=config.on_bad, unique_ids=not config.repeated_ids,
         progress=Path(config.data).exists() and Path(config.data).stat().st_size > 1 << 26,
     )  # fmt: skip
-    if dataset.bad:
+    if dataset.bad and ranks.is_first():
         print(f"{len(dataset.bad)} bad records are skipped, {len(dataset)} are used; the first bad one:")
         print(dataset.bad[0])
     return dataset
@@ -306,6 +247,9 @@ def _tuned(model: Any, config: TrainConfig) -> Any:
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """The run as transformers' Trainer takes it."""
     on_gpu = torch.cuda.is_available()
+    checkpointing = "activation_checkpointing"  # as transformers names it since 5.20
+    if checkpointing not in TrainingArguments.__dataclass_fields__:
+        checkpointing = "gradient_checkpointing"
     return TrainingArguments(
         output_dir=config.output,
         num_train_epochs=config.epochs,
@@ -316,7 +260,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         weight_decay=config.weight_decay,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_ratio,
-        gradient_checkpointing=config.gradient_checkpointing,
         bf16=on_gpu,
         use_cpu=not on_gpu,
         dataloader_num_workers=config.workers,
@@ -326,8 +269,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         logging_steps=config.log_steps,
         save_strategy="steps" if config.save_steps > 0 else "no",
         save_steps=max(config.save_steps, 1),
+        save_total_limit=config.keep_checkpoints or None,
         report_to=config.report_to,
         seed=config.seed,
+        **{checkpointing: config.gradient_checkpointing},  # type: ignore[arg-type]
     )
 
 
@@ -338,16 +283,25 @@ def freeze_vision(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def save_run(model: Any, processor: Any, output: Path) -> None:
-    """Writes the model as transformers reads it, its processor, and the bottleneck beside them."""
-    processor.save_pretrained(output)
-    if isinstance(model, PreTrainedModel):
-        state = {name: value for name, value in model.state_dict().items() if not name.startswith(PREFIX)}
-        model.save_pretrained(output, state_dict=state)
-        if hasattr(model, "bottleneck"):
-            save_bottleneck(model, output)
-    else:
-        model.save_pretrained(output)
+def save_run(trainer: BottleneckTrainer, processor: Any, output: Path) -> None:
+    """Writes the model as transformers or PEFT reads it, its processor, and the bottleneck beside them; all ranks
+    come here, as each may hold a part of the weights.
+    """
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not ranks.is_first():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    with checkpoints.writing(output, "the model") as folder, without_bars():
+        processor.save_pretrained(folder)
+        if isinstance(model, PreTrainedModel):
+            names = [name for name in state if name.startswith(PREFIX)]
+            of_bottleneck = {name.removeprefix(PREFIX): state.pop(name) for name in names}
+            model.save_pretrained(folder, state_dict=state)
+            if of_bottleneck:
+                saving.write(folder, attachment_of(model).settings(), of_bottleneck)
+        else:
+            model.save_pretrained(folder, state_dict=state)
+        checkpoints.move_into(folder, output)
 
 
 def _end_progress(trainer: Trainer) -> None:
@@ -355,16 +309,3 @@ def _end_progress(trainer: Trainer) -> None:
     for callback in trainer.callback_handler.callbacks:
         if (bar := getattr(callback, "training_bar", None)) is not None:
             bar.close()
-
-
-def _checkpoint_of(output: Path, resume: bool) -> str | None:
-    """Where to resume from; a folder that already holds a run is refused unless it is to be resumed."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output is {output}, a file; must be a folder")
-    holds_a_run = output.is_dir() and any(path.name != RUN_FILE for path in output.iterdir())
-    if holds_a_run and not resume:
-        raise UserError(f"output {output} is not empty; name another folder, or resume the run it holds with --resume")
-    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
-    if resume and checkpoint is None:
-        raise UserError(f"output {output} holds no checkpoint to resume from")
-    return checkpoint

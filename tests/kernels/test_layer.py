@@ -56,7 +56,8 @@ def expected(layer: FusedIB, hidden: Tensor, vision: Tensor, text_kl: Tensor, se
         m, v = torch.where(vision[..., None], layer.prior[VISION], layer.prior[TEXT]).chunk(2, -1)
     kl = (0.5 * (v - logvar + (logvar.exp() + (mu - m) ** 2) * (-v).exp() - 1)).mean(-1)
     text = text_kl & ~vision
-    return FusedIBOutput(out, kl[vision].mean(), kl[text].mean(), vision.sum(), text.sum())
+    by_modality = torch.cat((posterior[vision], posterior[~vision])).detach()
+    return FusedIBOutput(out, kl[vision].mean(), kl[text].mean(), vision.sum(), text.sum(), by_modality)
 
 
 def drawn_seed(seed: int) -> Tensor:
@@ -82,6 +83,14 @@ def test_training_matches_the_paper(prior: str) -> None:
     torch.testing.assert_close(hidden.grad, other.grad)
     for (name, parameter), twin in zip(layer.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, twin.grad, msg=name)
+
+
+def test_an_explicit_seed_is_the_noise() -> None:
+    layer, (hidden, vision, _) = make_layer(), make_batch()
+    drawn = drawn_seed(5)
+    states = [layer(hidden, vision, seed=seed).hidden_states for seed in (None, drawn, int(drawn), int(drawn) + 1)]
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[3])
 
 
 def test_eval_interpolates_with_the_mean() -> None:

@@ -83,7 +83,7 @@ def test_an_existing_run_is_refused_or_resumed(
 ) -> None:
     output = tmp_path / "run"
     assert main(arguments(small, data, output, "--resume")) == 2
-    assert f"output {output} holds no checkpoint to resume from" in capsys.readouterr().err
+    assert f"output {output} holds no run of vittle train to resume" in capsys.readouterr().err
     assert main(arguments(small, data, output, "--save-steps", "2")) == 0
     first = (output / "bottleneck.safetensors").read_bytes()
     model = load_file(output / "model.safetensors")

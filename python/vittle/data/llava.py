@@ -100,8 +100,7 @@ class LlavaDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        for following in range(len(self)):
-            position = (index + following) % len(self)
+        for position in self._candidates(index % len(self)):
             record = self.record(position)
             try:
                 images = [_decode(file) for file in record.images]
@@ -115,6 +114,13 @@ class LlavaDataset(Dataset[Item]):
             place = f"{self.path}: record {self._index.positions[position]} (id {_found(record.id)})"
             return {"id": record.id, "messages": record.messages, "images": images, "place": place}
         raise UserError(f"{self.path} has no record whose images can be decoded")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The record and those that may stand in for it: others with images first, so that a batch of images is one."""
+        yield index
+        following = [*range(index + 1, len(self)), *range(index)]
+        yield from (position for position in following if self.image_counts[position])
+        yield from (position for position in following if not self.image_counts[position])
 
     def record(self, index: int) -> Record:
         """A record without its images decoded."""

@@ -20,18 +20,25 @@ class ModalityLengthSampler(Sampler[int]):
         image_counts: of each record.
         batch_size: of the global batch: of all ranks and accumulation steps together.
         seed: of the order; epochs differ.
+        fill: whether batches that are not full are filled up with the modality's first records of the epoch. Ranks
+            that share a model's weights need it: all of them run the vision tower, or none.
     """
 
-    def __init__(self, lengths: Sequence[int], image_counts: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], image_counts: Sequence[int], batch_size: int, seed: int, fill: bool = False
+    ) -> None:
         self.lengths, self.image_counts, self.batch_size, self.seed = lengths, image_counts, batch_size, seed
-        self.epoch = 0
+        self.fill, self.epoch = fill, 0
 
     def set_epoch(self, epoch: int) -> None:
         """The Trainer says which one is to come."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        if not self.fill:
+            return len(self.lengths)
+        with_images = sum(count > 0 for count in self.image_counts)
+        return sum(-(-n // self.batch_size) * self.batch_size for n in (with_images, len(self.lengths) - with_images))
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -42,6 +49,9 @@ class ModalityLengthSampler(Sampler[int]):
         for modality in (True, False):
             indices = (has_images == modality).nonzero().flatten()
             indices = indices[torch.randperm(len(indices), generator=generator)]
+            if self.fill and len(indices):
+                missing = -len(indices) % self.batch_size
+                indices = torch.cat((indices, indices.repeat(missing // len(indices) + 1)[:missing]))
             for mega in indices.split(MEGABATCH * self.batch_size):
                 batches = mega[lengths[mega].argsort(descending=True, stable=True)].split(self.batch_size)
                 for batch in batches:

@@ -18,14 +18,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vittle import ranks
 from vittle.errors import UserError
 from vittle.methods import peft, saving
 from vittle_kernels import FusedIB
+from vittle_kernels.functional import LOGVAR_BOUND
+from vittle_kernels.layer import modality_order
 
 IGNORED = -100
 """The label of a token that the cross-entropy does not cover."""
 
 Modality = Literal["both", "vision", "text"]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio, odd: its multiples by small numbers are far apart."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,10 @@ class Attachment:
         self.states: list[tuple[int, Tensor]] = []
         """What the layers that end in the bottleneck gave, by the number of layers before."""
         self.metrics: dict[str, Tensor] = {}
-        """Detached means of the last training pass: ce, kl_vision, kl_text."""
+        """Of the last training pass, detached: ce, kl_vision, kl_text."""
+        self.measures_std = False
+        """Whether the metrics tell the posterior's mean standard deviation too: std_vision, std_text."""
+        self.std: dict[str, Tensor] = {}
         self.warned = False
         self.trainable: list[bool] | None = None
         """Which parameters were trainable before PEFT froze them."""
@@ -130,7 +139,7 @@ class Attachment:
                 f"another forward pass of this {kind} is under way (threads? nn.DataParallel?); one at a time"
             )
         tokens = self._read_batch(args, kwargs)
-        self.tokens, self.kl, self.states = tokens, {}, []
+        self.tokens, self.kl, self.states, self.std = tokens, {}, [], {}
         try:
             output = self.forward(*args, **kwargs)
             kl, states = self.kl, self.states
@@ -221,15 +230,28 @@ class Attachment:
                 f"the decoder ran outside {kind}.forward, so its bottleneck knows nothing of the batch; "
                 f"call the {kind}, or detach_bottleneck(model) first"
             )
-        masks = (tokens.vision, tokens.text_kl, tokens.kl_weights)
-        output = self.module(hidden_states, *(m if m is None else m.to(hidden_states.device) for m in masks))
+        device = hidden_states.device
+        masks = [
+            mask if mask is None else mask.to(device) for mask in (tokens.vision, tokens.text_kl, tokens.kl_weights)
+        ]
+        output = self.module(hidden_states, *masks, seed=self._seed(device) if self.module.training else None)
         if output.kl_vision is not None:
+            here = ("vision", "text") if modality == "both" else (modality,)
             kl = {"vision": output.kl_vision, "text": output.kl_text}
-            self.kl |= kl if modality == "both" else {modality: kl[modality]}
+            self.kl |= {name: kl[name] for name in here}
+            if self.measures_std:
+                std = _mean_std(output.posterior, *masks[:2])
+                self.std |= {f"std_{name}": std[name] for name in here}
         if modality == "both" or tokens.vision is None:
             return output.hidden_states
         passes = (tokens.vision == (modality == "vision")).unsqueeze(-1).to(hidden_states.device)
         return torch.where(passes, output.hidden_states, hidden_states)
+
+    def _seed(self, device: torch.device) -> Tensor:
+        """Of the noise: drawn as ever, and apart from that of ranks that hold other tokens."""
+        drawn = torch.randint(2**63 - 1, (1,), device=device)
+        stream = ranks.noise_stream(self.model) * _GOLDEN % 2**64
+        return drawn ^ (stream - 2**64 if stream >= 2**63 else stream)
 
     def _join_kl(self, output: Any, kl: dict[str, Tensor]) -> Any:
         """The KL joins the model's own loss."""
@@ -237,11 +259,27 @@ class Attachment:
         ce = output[0] if is_tuple else output.loss
         kl = {name: each.to(ce.device) for name, each in kl.items()}
         loss = ce + self.config.beta * sum(kl.values())
-        self.metrics = {"ce": ce.detach()} | {f"kl_{name}": each.detach() for name, each in kl.items()}
+        self.metrics = {"ce": ce.detach()} | {f"kl_{name}": each.detach() for name, each in kl.items()} | self.std
         if is_tuple:
             return (loss, *output[1:])
         output.loss = loss
         return output
+
+
+def _mean_std(posterior: Tensor, vision: Tensor | None, text_kl: Tensor | None) -> dict[str, Tensor]:
+    """The mean standard deviation of the posteriors of the tokens that count, by modality; posteriors in the heads'
+    order.
+    """
+    assert text_kl is not None
+    logvar = posterior[:, posterior.shape[1] // 2 :].float().clamp(-LOGVAR_BOUND, LOGVAR_BOUND)
+    std = (logvar / 2).exp().mean(1)
+    if vision is None:
+        vision = torch.zeros_like(text_kl)
+    std = std[modality_order(vision)[1]].view(text_kl.shape)
+    return {
+        name: torch.where(mask, std, 0.0).sum() / mask.sum().clamp(min=1)
+        for name, mask in (("vision", vision), ("text", text_kl))
+    }
 
 
 def token_weights(labels: Tensor, vision: Tensor, text_kl: Tensor, num_items: Tensor | int | None) -> Tensor:
@@ -292,6 +330,8 @@ def _attach(outer: nn.Module, config: BottleneckConfig, *, backend: str, inferen
     vision_ids = _vision_ids(model)
     config = _resolved(config, len(layers), bool(vision_ids))
     assert config.layer is not None
+    if ranks.is_sharded(model):
+        raise UserError(f"the {type(model).__name__} is sharded already; attach the bottleneck before fully_shard")
     first = layers[config.layer - 1]
     device = next(first.parameters()).device
     if device.type == "meta":
@@ -311,10 +351,10 @@ def _attach(outer: nn.Module, config: BottleneckConfig, *, backend: str, inferen
         if hasattr(model, name):
             setattr(model, name, peft.KeepTrainable(model, name))
     if config.text_layer in (None, config.layer):
-        _end_in_bottleneck(first, attachment, "both")
+        ends: dict[int, Modality] = {config.layer: "both"}
     else:
-        _end_in_bottleneck(first, attachment, "vision")
-        _end_in_bottleneck(layers[config.text_layer - 1], attachment, "text")
+        ends = {config.layer: "vision", config.text_layer: "text"}
+    _end_in_bottleneck(layers, attachment, ends)
     peft.watch()
     if outer is not model:
         peft.follow(outer)
@@ -337,9 +377,11 @@ def detach_bottleneck(model: nn.Module) -> None:
     """Restores the model as it was before :func:`attach_bottleneck`."""
     attachment = attachment_of(model)
     model = attachment.model
+    if ranks.is_sharded(model):
+        raise UserError(f"the {type(model).__name__} is sharded; it keeps its bottleneck")
     for layer in _decoder(model)[0]:
-        if layer.__dict__.pop("_bottleneck", None) is not None:
-            layer.__class__ = type(layer).__mro__[1]
+        layer.__dict__.pop("_bottleneck", None)
+        layer.__class__ = type(layer).__mro__[1]
     del model.forward, model.bottleneck, model._attachment
     for name in ("save_pretrained", *peft.ADAPTER_METHODS):
         model.__dict__.pop(name, None)
@@ -451,21 +493,33 @@ def _vision_ids(model: Any) -> list[int]:
     return [each for each in ids if each is not None]
 
 
-def _end_in_bottleneck(layer: Any, attachment: Attachment, modality: Modality) -> None:
-    """Lets every call of the layer end in the bottleneck.
+def _end_in_bottleneck(layers: nn.ModuleList, attachment: Attachment, ends: dict[int, Modality]) -> None:
+    """Lets every call of the layers with these numbers end in the bottleneck.
 
-    A subclass of the layer's own class overrides ``__call__``: the names of parameters stay, and the bottleneck stands
+    A subclass of the layers' own class overrides ``__call__``: the names of parameters stay, and the bottleneck stands
     outside the region that gradient checkpointing recomputes, where a forward hook is inside it on transformers 5.17.
+    All layers get the one subclass: FSDP's wrapping policies look for the class of the first.
     """
-    original = type(layer)
+    classes: dict[type, type] = {}
+    for number, layer in enumerate(layers, start=1):
+        original = type(layer)
+        if original not in classes:
+            classes[original] = _subclass(original)
+        if number in ends:
+            layer._bottleneck = (attachment, ends[number])  # type: ignore[assignment]
+        layer.__class__ = classes[original]
 
+
+def _subclass(original: Any) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original.__call__(self, *args, **kwargs)
-        attachment, modality = self._bottleneck
+        bottleneck = self.__dict__.get("_bottleneck")
+        if bottleneck is None:
+            return output
+        attachment, modality = bottleneck
         if isinstance(output, tuple):
             return (attachment.after_layer(output[0], modality), *output[1:])
         return attachment.after_layer(output, modality)
 
-    layer._bottleneck = (attachment, modality)
     names = {"__call__": call, "__module__": original.__module__, "__qualname__": original.__qualname__}
-    layer.__class__ = type(original.__name__, (original,), names)
+    return type(original.__name__, (original,), names)
