@@ -43,7 +43,8 @@ class FusedIB(nn.Module):
     one head, for text; one for inference has the mean's half of each head's last matrix only, and no prior.
 
     The parameters stay fp32 under ``.to(torch.bfloat16)`` and ``.half()``, as alpha does: at a learning rate of 2e-5
-    a bf16 weight of 0.02 never moves. They are computed with in autocast's dtype, or else in the input's.
+    a bf16 weight of 0.02 never moves. They are computed with in autocast's dtype, or else in the input's. (DeepSpeed,
+    which keeps fp32 copies of its own, may set them to bf16 one by one; then they stay that.)
 
     Args:
         hidden_size: D.
@@ -211,7 +212,7 @@ class FusedIB(nn.Module):
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if moved.is_floating_point() and (moved.dtype.itemsize < 4 or tensor is self.alpha):
-                return tensor.to(moved.device, torch.float32)
+                return tensor.to(moved.device)
             return moved
 
         return super()._apply(keep_precision, recurse)

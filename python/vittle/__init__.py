@@ -10,6 +10,7 @@ from vittle.methods.bottleneck import (
     save_bottleneck,
 )
 from vittle.methods.saving import from_released, to_released
+from vittle.ranks import shard
 
 __all__ = [
     "BottleneckConfig",
@@ -20,5 +21,6 @@ __all__ = [
     "from_released",
     "load_bottleneck",
     "save_bottleneck",
+    "shard",
     "to_released",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from vittle.errors import UserError
+from vittle_kernels import FusedIB
 
 T = TypeVar("T")
 
@@ -54,6 +55,52 @@ def noise_stream(model: nn.Module) -> int:
         if mesh is not None and "tp" in (mesh.mesh_dim_names or ()):
             return min(dist.get_process_group_ranks(mesh.get_group("tp")))
     return dist.get_rank()
+
+
+def share_weights(module: nn.Module, like: nn.Parameter) -> None:
+    """Where DeepSpeed ZeRO-3 split the weights of a model as it was loaded, splits a new module's in the same way."""
+    if not hasattr(like, "ds_id"):
+        return
+    import deepspeed
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(like.dtype)
+    deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config())
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    """FSDP2 for a model with its bottleneck, in place: each layer, the bottleneck and the rest is one group.
+
+    Both of the bottleneck's heads are spread over all ranks; by itself ``fully_shard`` would leave them to two.
+
+    Args:
+        model: attached already, not sharded yet.
+        options: as ``torch.distributed.fsdp.fully_shard`` takes them: ``mesh``, ``mp_policy``, ...
+
+    Returns:
+        The model.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    def by_columns(parameter: nn.Parameter) -> Shard | None:
+        return Shard(1) if parameter.shape[1] % size == 0 else None
+
+    mesh = options.get("mesh")
+    size = dist.get_world_size() if mesh is None else mesh.size(-1)
+    for stack in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for layer in stack:
+            fully_shard(layer, **options)
+    for bottleneck in [module for module in model.modules() if isinstance(module, FusedIB)]:
+        fully_shard(bottleneck, shard_placement_fn=by_columns, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors for those of which each rank holds a part; then all ranks must come here."""
+    return {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in tensors.items()}
 
 
 def is_sharded(model: nn.Module) -> bool:

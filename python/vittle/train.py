@@ -131,8 +131,8 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     # A batch without images leaves the projector out; LLaVA never reads its tower's last layer.
     args.ddp_find_unused_parameters = config.tune_vision or not all(dataset.image_counts)
     checkpoint, settings = ranks.agree(lambda: _begin(config, args.world_size))
-    set_seed(config.seed)
     model, processor = load_model(config.model)
+    set_seed(config.seed)  # here: DeepSpeed's way of loading a model draws from the generator
     templates = task_templates(config.loss, config.task_templates, dataset)
     if config.stage == "align":
         collator: Collator = CaptionCollator(processor, config.max_length)
@@ -154,6 +154,12 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         callbacks=callbacks,
         settings=settings,
     )
+    shares_weights = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if shares_weights and not config.group_by_length and len({count > 0 for count in dataset.image_counts}) > 1:
+        raise UserError(
+            "some records have images and some have none: ranks that share weights must all see images, or none; "
+            "leave out --no-grouping"
+        )
     if config.loss == "instruct" and ranks.is_first():
         templates.write(output)
     try:

@@ -341,6 +341,7 @@ def _attach(outer: nn.Module, config: BottleneckConfig, *, backend: str, inferen
             hidden_size, prior=config.prior, alpha=config.alpha, vision=bool(vision_ids),
             inference_only=inference_only, backend=backend,
         )  # fmt: skip
+    ranks.share_weights(module, like=next(first.parameters()))
     attachment = Attachment(model, config, module.train(model.training), vision_ids)
     model.bottleneck = module
     model._attachment = attachment  # type: ignore[assignment]
@@ -397,9 +398,13 @@ def save_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, inferen
         folder: made if it is not there; PEFT's files may lie beside.
         inference_only: leaves out what only training reads: the log-variance's half of each head's last matrix, a
             third of the bottleneck, and the prior. Outputs in eval mode are the same; there is no training on.
+
+    Of a model that FSDP2 shards all ranks must come here, and the first writes.
     """
     attachment = attachment_of(model)
-    settings, tensors = attachment.settings(), attachment.module.state_dict()
+    settings, tensors = attachment.settings(), ranks.gathered(attachment.module.state_dict())
+    if ranks.is_sharded(model) and not ranks.is_first():
+        return
     if inference_only:
         settings["inference_only"] = True
         tensors.pop("prior", None)
