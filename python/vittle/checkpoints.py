@@ -26,6 +26,9 @@ MANIFEST = "vittle_checkpoint.json"
 PARTIAL = ".partial"
 """In the output folder: what is being written."""
 
+_GONE = ".gone-"
+"""Before the name of a checkpoint that is being removed."""
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -47,7 +50,8 @@ def begin(output: Path, settings: Mapping[str, Any], resume: bool) -> Path | Non
         raise UserError(f"output {output} is not empty; name another folder, or resume the run it holds with --resume")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(output / PARTIAL, ignore_errors=True)
+        for leftover in (output / PARTIAL, *output.glob(f"{_GONE}*")):
+            shutil.rmtree(leftover, ignore_errors=True)
         write_json(output / RUN_FILE, settings)
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror}") from error
@@ -153,7 +157,7 @@ def keep_newest(output: Path, count: int, best: str | None = None) -> None:
     """Removes all whole checkpoints but the newest and the best."""
     for checkpoint in in_order(output)[:-count]:
         if best is None or checkpoint != Path(best):
-            gone = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}"))
+            gone = checkpoint.rename(checkpoint.with_name(f"{_GONE}{checkpoint.name}"))
             shutil.rmtree(gone)
 
 

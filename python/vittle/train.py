@@ -32,7 +32,7 @@ from vittle.methods.bottleneck import (
 )
 from vittle.methods.instruct import Loss, TaskTemplates
 from vittle.methods.saving import PREFIX
-from vittle.trainer import AlphaCallback, BottleneckTrainer, without_bars
+from vittle.trainer import AlphaCallback, BottleneckTrainer, quiet
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         bf16=on_gpu,
         use_cpu=not on_gpu,
         dataloader_num_workers=config.workers,
-        dataloader_persistent_workers=config.workers > 0,
+        dataloader_persistent_workers=False,  # their first epoch draws from the generator, others do not
         remove_unused_columns=False,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         logging_steps=config.log_steps,
@@ -297,7 +297,7 @@ def save_run(trainer: BottleneckTrainer, processor: Any, output: Path) -> None:
     if not ranks.is_first():
         return
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    with checkpoints.writing(output, "the model") as folder, without_bars():
+    with checkpoints.writing(output, "the model") as folder, quiet():
         processor.save_pretrained(folder)
         if isinstance(model, PreTrainedModel):
             names = [name for name in state if name.startswith(PREFIX)]

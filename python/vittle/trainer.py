@@ -147,7 +147,7 @@ class BottleneckTrainer(Trainer):
         output, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         with checkpoints.writing(output, name) as self.run_dir:
             try:
-                with without_bars():
+                with quiet():
                     super()._save_checkpoint(model, trial)
             finally:
                 partial, self.run_dir = self.run_dir / name, None
@@ -161,6 +161,13 @@ class BottleneckTrainer(Trainer):
                     checkpoints.keep_newest(output, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where the checkpoint that is resumed is the last; transformers 5.23 would train one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """By from_pretrained, which knows the names under which save_pretrained writes a model.
 
@@ -170,7 +177,8 @@ class BottleneckTrainer(Trainer):
         model = self.model if model is None else model
         if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict()
+        with quiet():  # it would report the bottleneck's tensors as unexpected
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict()
         if hasattr(model, "bottleneck"):
             attachment_of(model).load(Path(resume_from_checkpoint))
             saved |= {name: t for name, t in model.state_dict().items() if name.startswith(PREFIX)}
@@ -190,12 +198,14 @@ class BottleneckTrainer(Trainer):
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, of a model's shards, between the lines of the table."""
-    shown = logging.is_progress_bar_enabled()
+def quiet() -> Iterator[None]:
+    """Without what transformers says of files: a model's loading and writing, in the middle of the table."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()
