@@ -1,36 +1,38 @@
-"""What the bottleneck adds to a training step of a LLaVA-1.5-7B-shaped model with random weights; prints a table.
+"""What the bottleneck adds to a training step of a LLaVA with random weights; prints a table.
 
-    python benchmarks/bench_step.py [--tuning lora full] [--layers 32] [--batch 16] [--device cuda]
+    python benchmarks/bench_step.py [--shape 7b demo] [--tuning lora full] [--layers 32] [--batch 16] [--device cuda]
 
 Plain tuning, the fused bottleneck and the eager one take turns on one model: forward + backward, and AdamW's step
 apart. "lora" tunes PEFT's adapters on every linear layer of the language model and the heads; "full" tunes the whole
-language model, with activation checkpointing. Beside the time stands what the heads' multiply-adds predict: 9 D^2 for
-a token (3 D^2 forward, twice that backward), over those of the language model's linear layers, which run twice with
-LoRA (no gradient of their weights), three times in full tuning and four times with checkpointing.
+language model, with activation checkpointing where there is much of it. Beside the time stands what the heads'
+multiply-adds predict: 9 D^2 for a token (3 D^2 forward, twice that backward), over all that plain tuning's forward and
+backward pass do, as torch counts them.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from layers import EagerBottleneck, failure
 from records import Entry, Results, entry, failed, machine, parser
-from report import by_problem, median, table
+from report import by_problem, table
 from timing import Step, peak_bytes, take_turns
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import vittle
 from vittle.methods.bottleneck import attachment_of
 from vittle_kernels import FusedIB
 
 CONTENDERS = ("plain", "eager", "fused")
-TUNINGS = {"lora": 2, "full": 4}
-"""Passes over the language model's linear layers; "full" is checkpointed."""
+TUNINGS = ("lora", "full")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Shape:
     patch: int = 14
     batch: int = 16
     text: int = 128
+    checkpointed: bool = True
+    """Whether full tuning keeps the decoder layers' inputs only, and computes the rest again."""
 
     @property
     def image_tokens(self) -> int:
@@ -58,6 +62,9 @@ class Shape:
         """Of a batch."""
         return self.batch * (self.image_tokens + self.text)
 
+
+SHAPES = {"7b": Shape(), "demo": Shape(8, 128, 256, 4, 75, 4, 128, 64, 16, 32, 15, False)}
+"""LLaVA-1.5-7B, and the model of `vittle demo` with its batches."""
 
 SMALL = Shape(4, 128, 256, 4, 500, 2, 64, 56, 14, 2, 12)
 """Does it run at all?"""
@@ -105,10 +112,11 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[s
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
 
 
-def prepare(model: Any, tuning: str) -> Any:
+def prepare(model: Any, tuning: str, checkpointed: bool) -> Any:
     """The model as it is tuned; what comes back is called with the batch."""
     if tuning == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -117,20 +125,12 @@ def prepare(model: Any, tuning: str) -> Any:
     return get_peft_model(model, config, autocast_adapter_dtype=False)  # adapters in bf16, as the base
 
 
-def predicted_share(model: Any, tuning: str) -> float:
-    """What the heads' multiply-adds are of the language model's, before PEFT puts its own into it."""
-    decoder = model.get_decoder()
-    linear = [each for each in decoder.modules() if isinstance(each, nn.Linear)] + [model.get_output_embeddings()]
-    return 9 * decoder.config.hidden_size**2 / (TUNINGS[tuning] * sum(each.weight.numel() for each in linear))
-
-
 class Tuning:
     """One model under each of the contenders in turn, each with a bottleneck and an optimizer of its own."""
 
     def __init__(self, shape: Shape, tuning: str, dtype: torch.dtype, device: torch.device) -> None:
-        self.base = build(shape, dtype, device)
-        self.predicted = predicted_share(self.base, tuning)
-        self.model = prepare(self.base, tuning)
+        self.shape, self.base = shape, build(shape, dtype, device)
+        self.model = prepare(self.base, tuning, shape.checkpointed)
         self.batch: dict[str, Any] = make_batch(shape, dtype, device) | {"use_cache": False}
         with device:
             fused = FusedIB(shape.width)
@@ -154,6 +154,13 @@ class Tuning:
 
     def forward_backward(self) -> None:
         self.model(**self.batch).loss.backward()
+
+    def predicted_share(self) -> float:
+        """What the heads' multiply-adds are of plain tuning's."""
+        self.switch("plain")
+        with FlopCounterMode(display=False) as counter:
+            self.forward_backward()
+        return 9 * self.shape.width**2 * self.shape.tokens / (counter.get_total_flops() / 2)
 
     def optimize(self, name: str) -> None:
         self.optimizer.step()
@@ -181,15 +188,25 @@ def compare(
     if why := failure("auto", 256, dtype, device):
         return [failed(problem, "fused", why, facts)]
     run = Tuning(shape, tuning, dtype, device)
+    predicted = run.predicted_share()
     steps = run.steps()
     for each in steps.values():  # AdamW's state is made in its first step, and counts in every contender's peak
         each.before()
         each.run()
     peaks = {key: peak_bytes(step, device) for key, step in steps.items()}
+    times = take_turns(steps, device, turns, slow=math.inf)
     return [
-        entry(problem, *key, seconds, facts, peak_bytes=peaks[key], predicted_share=run.predicted)
-        for key, seconds in take_turns(steps, device, turns, slow=math.inf).items()
-    ]
+        entry(
+            problem, *key, seconds, facts, peak_bytes=peaks[key], predicted_share=predicted,
+            added_share=added_share(seconds, times["plain", key[1]]),
+        )
+        for key, seconds in times.items()
+    ]  # fmt: skip
+
+
+def added_share(seconds: Sequence[float], plain: Sequence[float]) -> float:
+    """What a contender adds to the plain step: the median of the turns' own, as both meet the same machine."""
+    return statistics.median(each / other - 1 for each, other in zip(seconds, plain, strict=True))
 
 
 def summary(results: Results) -> str:
@@ -198,28 +215,31 @@ def summary(results: Results) -> str:
     for problem, contenders in by_problem(results.benchmarks).items():
         params = dict(problem)
         if params["benchmark"] == "step":
-            plain = contenders["plain"]["forward_backward"]
-            added = {name: median(contenders[name]["forward_backward"]) / median(plain) - 1 for name in CONTENDERS[1:]}
-            predicted = plain["extra_info"]["predicted_share"]
+            infos = {name: contenders[name]["forward_backward"]["extra_info"] for name in CONTENDERS}
+            added = {name: infos[name]["added_share"] for name in CONTENDERS[1:]}
+            predicted = infos["plain"]["predicted_share"]
             parts = ", ".join(f"{name} adds {100 * share:.1f} %" for name, share in added.items())
-            lines.append(f"{params['tuning']}: {parts}; by multiply-adds {100 * predicted:.1f} %")
+            times = f"the fused one {added['fused'] / predicted:.2f} times that"
+            what = f"{params['tuning']}, {params['layers']} layers of {params['width']}"
+            lines.append(f"{what}: {parts}; by multiply-adds {100 * predicted:.1f} %, {times}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where the layer fails its check."""
-    command = parser("What the bottleneck adds to a training step of a LLaVA-1.5-7B.", turns=15)
+    command = parser("What the bottleneck adds to a training step of a LLaVA.", turns=15)
     command.add_argument("--tuning", choices=tuple(TUNINGS), nargs="+", default=list(TUNINGS), help="(lora full)")
-    command.add_argument("--layers", type=int, default=32, help="decoder layers (32)")
-    command.add_argument("--batch", type=int, default=16, help="samples of 576 + 128 tokens (16)")
+    command.add_argument("--shape", choices=tuple(SHAPES), nargs="+", default=["7b"], help="of the model (7b)")
+    command.add_argument("--layers", type=int, default=32, help="decoder layers of the 7b (32)")
+    command.add_argument("--batch", type=int, default=16, help="samples of 576 + 128 tokens for the 7b (16)")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the model (bfloat16)")
     options = command.parse_args(arguments)
     device = torch.device(options.device)
     facts = machine(device)
     results = Results(options.output / "step.json")
-    shape = Shape(layers=options.layers, batch=options.batch)
-    for tuning in options.tuning:
-        results.add(compare(shape, tuning, getattr(torch, options.dtype), device, options.turns, facts))
+    shapes = SHAPES | {"7b": Shape(layers=options.layers, batch=options.batch, checkpointed=options.layers > 4)}
+    for shape, tuning in product(options.shape, options.tuning):
+        results.add(compare(shapes[shape], tuning, getattr(torch, options.dtype), device, options.turns, facts))
         results.save(facts)
     print(table(results, "A step of a LLaVA", ("forward_backward", "optimizer"), "peak_bytes", baseline="plain"))
     print(summary(results))

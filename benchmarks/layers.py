@@ -42,8 +42,9 @@ class EagerBottleneck(nn.Module):
         vision_mask: Tensor,
         text_kl_mask: Tensor | None = None,
         kl_weights: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> FusedIBOutput:
-        """As FusedIB.forward in training."""
+        """As FusedIB.forward in training; its noise is torch's own, whatever the seed."""
         out = torch.empty_like(hidden_states)
         kl = hidden_states.new_empty(vision_mask.shape, dtype=torch.float32)
         for head, mask in zip(self.heads, (vision_mask, ~vision_mask), strict=True):

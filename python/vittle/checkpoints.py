@@ -1,7 +1,7 @@
 """A run's folder: checkpoints that are whole or not there at all, and the settings that they belong to.
 
 A checkpoint is written under a hidden name and gets its own in one step, when all of it is there. A list of its files
-and their sizes lies in it, so that one that was cut afterwards, by a crash of the machine or in copying, is known too.
+and their sizes lies in it, so that one that was cut later, in copying or deleting, is known too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vittle import ranks
 from vittle.errors import UserError, shown
 
 RUN_FILE = "vittle_run.json"
@@ -22,6 +23,9 @@ RUN_FILE = "vittle_run.json"
 
 MANIFEST = "vittle_checkpoint.json"
 """In a checkpoint: the run's settings, and its files with their sizes."""
+
+SPLIT = "batch, accumulation, processes"
+"""The setting that may differ when a run is resumed, on another number of GPUs."""
 
 PARTIAL = ".partial"
 """In the output folder: what is being written."""
@@ -40,15 +44,17 @@ def begin(output: Path, settings: Mapping[str, Any], resume: bool) -> Path | Non
         UserError: the folder cannot be written; it holds something and is not to be resumed; or what it holds was
             not written by a run with these settings.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output is {output}, a file; must be a folder")
-    contents = {path.name for path in output.iterdir()} - {RUN_FILE, PARTIAL} if output.is_dir() else set()
-    checkpoint = None
-    if resume:
-        checkpoint = _continue_from(output, settings)
-    elif contents:
-        raise UserError(f"output {output} is not empty; name another folder, or resume the run it holds with --resume")
     try:
+        if output.exists() and not output.is_dir():
+            raise UserError(f"output is {output}, a file; must be a folder")
+        names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+        checkpoint = None
+        if resume:
+            checkpoint = _continue_from(output, settings)
+        elif any(name != RUN_FILE and not name.startswith(".") for name in names):
+            raise UserError(
+                f"output {output} is not empty; name another folder, or resume the run it holds with --resume"
+            )
         output.mkdir(parents=True, exist_ok=True)
         for leftover in (output / PARTIAL, *output.glob(f"{_GONE}*")):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -71,6 +77,11 @@ def _continue_from(output: Path, settings: Mapping[str, Any]) -> Path | None:
         return checkpoint
     print(f"{output} holds no whole checkpoint; the run starts again")
     return None
+
+
+def whole(output: Path) -> list[Path]:
+    """The checkpoints that are whole, by their steps."""
+    return [checkpoint for checkpoint in in_order(output) if _flaw(checkpoint) is None]
 
 
 def in_order(output: Path) -> list[Path]:
@@ -97,6 +108,9 @@ def _flaw(checkpoint: Path) -> str | None:
 
 
 def _must_be_the_same(where: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    there, here = dict(there), dict(here)
+    if (was := there.pop(SPLIT, None)) != (now := here.pop(SPLIT, None)):
+        print(f"the batch is split as {now} and was as {was}: the noise will not be the uninterrupted run's")
     differences = [
         f"{name} is {shown(here.get(name))} and was {shown(there.get(name))}"
         for name in sorted(here.keys() | there.keys())
@@ -108,22 +122,26 @@ def _must_be_the_same(where: Path, there: Mapping[str, Any], here: Mapping[str, 
 
 @contextmanager
 def writing(output: Path, name: str) -> Iterator[Path]:
-    """A hidden folder to write into; what was written there is removed again if that fails.
+    """A hidden folder to write into; if that fails, the first rank removes what was written there.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
     partial = output / PARTIAL
     try:
+        partial.mkdir(exist_ok=True)
         yield partial
+        if ranks.is_first():
+            partial.rmdir()
     except Exception as error:
         free = shutil.disk_usage(output).free
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.is_first():
+            shutil.rmtree(partial, ignore_errors=True)
         reason = _reason(error, free)
         if reason is None:
             raise
-        whole = [path.name for path in in_order(output)]
-        kept = f"{whole[-1]} is whole: --resume goes on from it" if whole else "no checkpoint was written before"
+        before = whole(output)
+        kept = f"{before[-1].name} is whole: --resume goes on from it" if before else "no checkpoint was written before"
         raise UserError(f"{name} cannot be written to {output}: {reason}; {kept}") from error
 
 
@@ -131,7 +149,7 @@ def _reason(error: Exception, free: int) -> str | None:
     """Why writing failed, if for the disk's sake: libraries in Rust and C++ wrap the error that the system gave."""
     full = "No space left" in str(error) or (isinstance(error, OSError) and error.errno in _FULL_DISK)
     if full or (free < 1 << 20 and not isinstance(error, UserError)):
-        return f"the disk is full, {free / 1e6:.1f} MB are free"
+        return f"the disk is too full, {free / 1e6:.1f} MB were left"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return None
@@ -142,7 +160,7 @@ def finish(partial: Path, checkpoint: Path, settings: Mapping[str, Any]) -> None
     files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
     write_json(partial / MANIFEST, {"run": settings, "files": files})
     if checkpoint.exists():  # one that was passed over
-        shutil.rmtree(checkpoint)
+        _remove(checkpoint)
     partial.rename(checkpoint)
 
 
@@ -150,15 +168,23 @@ def move_into(folder: Path, output: Path) -> None:
     """Puts each file of a folder into the output, in the place of one that may be there."""
     for path in sorted(folder.iterdir()):
         path.replace(output / path.name)
-    folder.rmdir()
 
 
 def keep_newest(output: Path, count: int, best: str | None = None) -> None:
-    """Removes all whole checkpoints but the newest and the best."""
-    for checkpoint in in_order(output)[:-count]:
-        if best is None or checkpoint != Path(best):
-            gone = checkpoint.rename(checkpoint.with_name(f"{_GONE}{checkpoint.name}"))
-            shutil.rmtree(gone)
+    """Removes whole checkpoints until there are so many: the best, and the newest."""
+    checkpoints = whole(output)
+    kept = checkpoints[-count:]
+    if best is not None and Path(best).resolve() not in [each.resolve() for each in kept]:
+        kept = [Path(best), *checkpoints[-max(1, count - 1) :]]
+    names = {each.name for each in kept}
+    for checkpoint in checkpoints:
+        if checkpoint.name not in names:
+            _remove(checkpoint)
+
+
+def _remove(checkpoint: Path) -> None:
+    """At once, as far as others can see."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{_GONE}{checkpoint.name}")))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,36 +14,38 @@ from transformers import TrainerCallback
 from vittle.methods.bottleneck import Attachment
 from vittle_kernels import FusedIB, FusedIBOutput
 
-Mark = Callable[[], float]
-"""A moment: calling it gives seconds since an arbitrary one; on a GPU it waits for the work before it."""
+_SUMS = ("tokens", "ce", "kl_vision", "kl_text", "std_vision", "tokens_vision", "std_text", "tokens_text")
+"""What is summed over a window and over all ranks."""
 
 
-class Clock:
-    """Moments of a device: the host's clock, or a GPU's events."""
+class Interval:
+    """A time that begins when it is made: by the host's clock, or by a GPU's."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_gpu = device.type == "cuda"
-        if self.is_gpu:
-            self.start = self._event()
+        self.begin = self._now()
+        self.end: Any = None
 
-    @staticmethod
-    def _event() -> torch.cuda.Event:
+    def ends(self) -> None:
+        """Now; on a GPU, when the work that is under way reaches this point."""
+        self.end = self._now()
+
+    def _now(self) -> Any:
+        if not self.is_gpu:
+            return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def mark(self) -> Mark:
-        """Now; on a GPU, when the work that is under way reaches this point."""
+    @property
+    def seconds(self) -> float:
+        """How long it was; 0 if it has not ended."""
+        if self.end is None:
+            return 0.0
         if not self.is_gpu:
-            now = time.perf_counter()
-            return lambda: now
-        event = self._event()
-
-        def seconds() -> float:
-            event.synchronize()
-            return 1e-3 * self.start.elapsed_time(event)
-
-        return seconds
+            return self.end - self.begin
+        self.end.synchronize()
+        return 1e-3 * self.begin.elapsed_time(self.end)
 
 
 class Monitor(TrainerCallback):
@@ -55,23 +57,16 @@ class Monitor(TrainerCallback):
     """
 
     def __init__(self, device: torch.device, attachment: Attachment | None) -> None:
-        self.device, self.attachment, self.clock = device, attachment, Clock(device)
+        self.device, self.attachment = device, attachment
         self.hooks: list[RemovableHandle] = []
+        self.of_step: list[RemovableHandle] = []
         self._clear()
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps: list[tuple[Mark, Mark]] = []
-        self.passes: list[tuple[Mark, Mark]] = []
+        self.steps: list[Interval] = []
+        self.passes: list[Interval] = []
         self.begin = time.perf_counter()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step of the optimizer begins."""
-        self.began = self.clock.mark()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step of the optimizer ends."""
-        self.steps.append((self.began, self.clock.mark()))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The first window begins."""
@@ -80,6 +75,23 @@ class Monitor(TrainerCallback):
             module, self.attachment.measures_std = self.attachment.module, True
             self.hooks = [module.register_forward_pre_hook(self._enters), module.register_forward_hook(self._leaves)]
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step of the optimizer begins."""
+        self.steps.append(Interval(self.device))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step of the optimizer ends."""
+        self.steps[-1].ends()
+        while self.of_step:
+            self.of_step.pop().remove()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What comes between two windows is no training."""
+        if not self.steps:
+            self.begin = time.perf_counter()
+
+    on_evaluate = on_save
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing is measured any more."""
         if self.attachment is not None:
@@ -87,20 +99,23 @@ class Monitor(TrainerCallback):
         for hook in self.hooks:
             hook.remove()
 
-    def add(self, batch: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, batch: Mapping[str, Tensor], weight: float, copies: int) -> None:
         """Counts a batch that the model has just seen.
 
         Args:
-            batch: with ``attention_mask``.
+            batch: with ``attention_mask`` or ``input_ids``; without them no tokens are counted.
             weight: of this batch's share in the global batch's CE and KL.
+            copies: how many ranks have this batch.
         """
-        values = {"tokens": batch["attention_mask"].sum()}
+        values = {}
+        if (tokens := batch.get("attention_mask", batch.get("input_ids"))) is not None:
+            values["tokens"] = tokens.count_nonzero() if "attention_mask" in batch else torch.tensor(tokens.numel())
         if self.attachment is not None:
-            metrics = self.attachment.metrics
-            values |= {name: each * (1 if name.startswith("std") else weight) for name, each in metrics.items()}
-            values["passes"] = torch.ones(())
+            values |= {name: each * weight for name, each in self.attachment.metrics.items()}
+            for name, (total, count) in self.attachment.std.items():
+                values |= {f"std_{name}": total, f"tokens_{name}": count}
         for name, value in values.items():
-            value = value.to(self.device, torch.float64 if self.device.type == "cpu" else torch.float32)
+            value = value.to(self.device, torch.float64) / copies
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def window(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -110,35 +125,41 @@ class Monitor(TrainerCallback):
             total: sums a tensor over all ranks.
         """
         wall, steps = time.perf_counter() - self.begin, len(self.steps)
-        names = sorted(self.sums)
-        sums = dict(zip(names, total(torch.stack([self.sums[name] for name in names])).tolist(), strict=True))
-        passes, values = sums.pop("passes", 0.0), {"tokens_per_second": round(sums.pop("tokens") / wall, 1)}
-        for name, value in sums.items():
-            values[name] = round(value / (passes if name.startswith("std") else steps), 4)
-        if self.attachment is not None:
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        reduced = total(torch.stack([self.sums.get(name, zero) for name in _SUMS])).tolist()
+        sums, values = dict(zip(_SUMS, reduced, strict=True)), {}
+        if sums["tokens"]:
+            values["tokens_per_second"] = round(sums["tokens"] / wall, 1)
+        if self.attachment is not None and steps:
+            values |= {name: round(sums[name] / steps, 4) for name in ("ce", "kl_vision", "kl_text")}
+            for name in ("vision", "text"):
+                if count := sums[f"tokens_{name}"]:
+                    values[f"std_{name}"] = round(sums[f"std_{name}"] / count, 4)
             values["alpha"] = round(float(self.attachment.module.alpha), 4)
-            in_steps, in_bottleneck = _seconds(self.steps), _seconds(self.passes)
+            in_steps, in_bottleneck = (sum(each.seconds for each in kind) for kind in (self.steps, self.passes))
             values["bottleneck_share"] = round(in_bottleneck / in_steps, 4)
         self._clear()
         return values
 
     def _enters(self, module: FusedIB, args: tuple[Tensor, ...]) -> None:
         if module.training and torch.is_grad_enabled():
-            self.entered = self.clock.mark()
-            last = args[0] if args[0].requires_grad else module.weight_in
-            last.register_hook(self._backward_ends)
+            self.passes.append(Interval(self.device))
 
     def _leaves(self, module: FusedIB, args: tuple[Tensor, ...], output: FusedIBOutput) -> None:
-        if module.training and torch.is_grad_enabled():
-            self.passes.append((self.entered, self.clock.mark()))
-            output.hidden_states.register_hook(self._backward_begins)
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        self.passes[-1].ends()
+        last = args[0] if args[0].requires_grad else module.weight_in  # what backward reaches last
+        if last.requires_grad:
+            backward: list[Interval] = []
 
-    def _backward_begins(self, gradient: Tensor) -> None:
-        self.entered = self.clock.mark()
+            def begins(gradient: Tensor) -> None:
+                backward.append(Interval(self.device))
 
-    def _backward_ends(self, gradient: Tensor) -> None:
-        self.passes.append((self.entered, self.clock.mark()))
+            def ends(gradient: Tensor) -> None:
+                if backward and backward[0].end is None:
+                    backward[0].ends()
+                    self.passes.append(backward[0])
 
-
-def _seconds(intervals: list[tuple[Mark, Mark]]) -> float:
-    return sum(end() - begin() for begin, end in intervals)
+            output.hidden_states.register_hook(begins)
+            self.of_step.append(last.register_hook(ends))

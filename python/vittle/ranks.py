@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -39,6 +39,13 @@ def agree(decide: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise UserError(outcome[1]) if is_first() else SystemExit(2)
     return outcome[0]
+
+
+def first_then_all(build: Callable[[], T]) -> T:
+    """What every rank builds, the first rank first: of a UserError that meets them all it alone tells."""
+    built: list[T] = []
+    agree(lambda: built.append(build()) if is_first() else None)
+    return built[0] if built else build()
 
 
 def noise_stream(model: nn.Module) -> int:
@@ -89,7 +96,8 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
     mesh = options.get("mesh")
     size = dist.get_world_size() if mesh is None else mesh.size(-1)
-    for stack in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for stack in reversed(stacks):  # the inner ones, of experts, before the layers
         for layer in stack:
             fully_shard(layer, **options)
     for bottleneck in [module for module in model.modules() if isinstance(module, FusedIB)]:
@@ -98,9 +106,18 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors for those of which each rank holds a part; then all ranks must come here."""
-    return {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in tensors.items()}
+def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state; where each rank holds a part of it, all ranks must come here."""
+    parameters = list(module.parameters())
+    if parameters and hasattr(parameters[0], "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters):
+            return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    return {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        for name, tensor in module.state_dict().items()
+    }
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from vittle import checkpoints, ranks
 from vittle.curves import CURVES, draw
 from vittle.data import CaptionCollator, Collator, LlavaDataset
 from vittle.errors import UserError
-from vittle.methods import saving
+from vittle.methods import instruct, saving
 from vittle.methods.bottleneck import (
     ALPHA_SCHEDULES,
     BottleneckConfig,
@@ -127,11 +127,12 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         choices = ", ".join(map(repr, ALPHA_SCHEDULES))
         raise UserError(f"alpha_schedule is {config.alpha_schedule!r}; must be one of {choices}")
     args, output = training_arguments(config), Path(config.output)  # from here on the processes know each other
-    dataset = _dataset(config)
+    dataset = ranks.first_then_all(lambda: _dataset(config))
+    processor = ranks.first_then_all(lambda: load_processor(config.model))
     # A batch without images leaves the projector out; LLaVA never reads its tower's last layer.
     args.ddp_find_unused_parameters = config.tune_vision or not all(dataset.image_counts)
     checkpoint, settings = ranks.agree(lambda: _begin(config, args.world_size))
-    model, processor = load_model(config.model)
+    model = load_model(config.model)[0]
     set_seed(config.seed)  # here: DeepSpeed's way of loading a model draws from the generator
     templates = task_templates(config.loss, config.task_templates, dataset)
     if config.stage == "align":
@@ -161,41 +162,48 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
             "leave out --no-grouping"
         )
     if config.loss == "instruct" and ranks.is_first():
-        templates.write(output)
+        with checkpoints.writing(output, instruct.FILE) as folder:
+            templates.write(folder)
+            checkpoints.move_into(folder, output)
     try:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         _end_progress(trainer)
     save_run(trainer, processor, output)
-    if ranks.is_first():
-        draw(trainer.state.log_history, output / CURVES)
     seconds = outcome.metrics["train_runtime"]
-    if dataset.broken:
-        print(f"{int(dataset.broken)} times a record gave way to the next, for an image that cannot be decoded")
+    if broken := int(dataset.broken):
+        print(f"{ranks.label()}{broken} times a record gave way to the next, for an image that cannot be decoded")
     return TrainResult(
         model.eval(), processor, trainer.state.log_history, outcome.global_step, seconds,
-        trainer.data_seconds / seconds, len(dataset.bad) + int(dataset.broken),
+        trainer.data_seconds / seconds, len(dataset.bad) + broken,
     )  # fmt: skip
 
 
-_FREE = {
+_NOT_COMPARED = {
     "output", "resume", "data", "workers", "report_to", "log_steps", "save_steps", "keep_checkpoints",
     "batch_size", "gradient_accumulation", "bottleneck",
 }  # fmt: skip
-"""Settings that a resumed run may change, as its losses do not depend on them, or that others below stand for."""
+"""Settings that the losses do not depend on, or that others below stand for."""
 
 
 def _begin(config: TrainConfig, processes: int) -> tuple[str | None, dict[str, Any]]:
     """The checkpoint that the run goes on from, and the settings that its losses depend on."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_COMPARED}
     settings["global_batch"] = config.batch_size * config.gradient_accumulation * processes
+    settings[checkpoints.SPLIT] = [config.batch_size, config.gradient_accumulation, processes]
     bottleneck = {} if config.bottleneck is None else asdict(config.bottleneck)
     settings |= {f"bottleneck.{name}": value for name, value in bottleneck.items()}
     for name in ("model", "images"):
         if Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
-    with Path(config.data).open("rb") as file:
-        settings["data_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    files = {"data_sha256": Path(config.data), "task_templates_sha256": Path(config.task_templates)}
+    files["model_config_sha256"] = Path(config.model) / "config.json"
+    for name, path in files.items():
+        if path.is_file():
+            with path.open("rb") as file:
+                settings[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    weights = sorted(Path(config.model).glob("*.safetensors"))
+    settings["model_bytes"] = sum(path.stat().st_size for path in weights)
     checkpoint = checkpoints.begin(Path(config.output), settings, config.resume)
     return checkpoint if checkpoint is None else str(checkpoint), settings
 
@@ -290,7 +298,7 @@ def freeze_vision(model: nn.Module) -> None:
 
 
 def save_run(trainer: BottleneckTrainer, processor: Any, output: Path) -> None:
-    """Writes the model as transformers or PEFT reads it, its processor, and the bottleneck beside them; all ranks
+    """Writes the model as transformers or PEFT reads it, its processor, the bottleneck and the run's curves; all ranks
     come here, as each may hold a part of the weights.
     """
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -307,6 +315,7 @@ def save_run(trainer: BottleneckTrainer, processor: Any, output: Path) -> None:
                 saving.write(folder, attachment_of(model).settings(), of_bottleneck)
         else:
             model.save_pretrained(folder, state_dict=state)
+        draw(trainer.state.log_history, folder / CURVES)
         checkpoints.move_into(folder, output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from transformers.utils import logging
 
 from vittle import checkpoints
 from vittle.data import LlavaDataset, ModalityLengthSampler
+from vittle.errors import UserError
 from vittle.methods.bottleneck import AlphaSchedule, attachment_of
 from vittle.methods.peft import base_model
 from vittle.methods.saving import PREFIX
@@ -69,8 +71,10 @@ class TableCallback(ProgressCallback):
     shown: tuple[str, ...] = ()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """One line, below a head where the columns change."""
-        if self.training_bar is None or "loss" not in (logs or {}):
+        """One line, below a head where the columns change; of an evaluation what transformers shows."""
+        if self.training_bar is None or "loss" not in logs:
+            if "train_runtime" not in logs:
+                super().on_log(args, state, control, logs=logs, **kwargs)
             return
         values = {"step": state.global_step} | logs
         shown = tuple(name for name in _COLUMNS if name in values)
@@ -85,9 +89,17 @@ class TableCallback(ProgressCallback):
 class WindowCallback(TrainerCallback):
     """A checkpoint ends a window of the log: a run that goes on from it logs what the uninterrupted one does."""
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A resumed run logs and saves as it is told now; a checkpoint's state has what it was told then."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Where a checkpoint is due, so is a log."""
         control.should_log = control.should_log or control.should_save
+
+    on_epoch_end = on_step_end
 
 
 class BottleneckTrainer(Trainer):
@@ -104,8 +116,7 @@ class BottleneckTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.settings = dict(settings or {})
         self.run_dir: Path | None = None
-        attachment = getattr(base_model(self.model), "_attachment", None)
-        self.monitor = Monitor(self.args.device, attachment)
+        self.monitor = Monitor(self.args.device, getattr(base_model(self.model), "_attachment", None))
         self.add_callback(self.monitor)
         if self.pop_callback(ProgressCallback):
             self.add_callback(TableCallback())
@@ -126,17 +137,20 @@ class BottleneckTrainer(Trainer):
         data = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, LlavaDataset):
             return super()._get_train_sampler(train_dataset)
-        several = self.args.world_size > 1
+        shares_weights = self.is_fsdp_enabled or self.is_deepspeed_enabled
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ModalityLengthSampler(data.lengths, data.image_counts, size, self.args.seed, fill=several)
+        return ModalityLengthSampler(data.lengths, data.image_counts, size, self.args.seed, fill=shares_weights)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own, watched by the monitor."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training:
-            is_share = kwargs.get("num_items_in_batch") is not None and self.model_accepts_loss_kwargs
-            parts = self.current_gradient_accumulation_steps * self.args.world_size
-            self.monitor.add(inputs, 1.0 if is_share else 1 / parts)
+            copies = getattr(self.model, "_tp_size", None) or 1
+            ranks = self.args.world_size // copies
+            weight = 1 / (ranks * self.current_gradient_accumulation_steps)
+            if kwargs.get("num_items_in_batch") is not None and self.model_accepts_loss_kwargs:
+                weight = 1.0 if self.args.average_tokens_across_devices else 1 / ranks
+            self.monitor.add(inputs, weight, copies)
         return result
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -145,16 +159,22 @@ class BottleneckTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's own into a hidden folder, which becomes the checkpoint when all ranks have written."""
         output, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        partial = output / checkpoints.PARTIAL / name
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         with checkpoints.writing(output, name) as self.run_dir:
             try:
                 with quiet():
                     super()._save_checkpoint(model, trial)
             finally:
-                partial, self.run_dir = self.run_dir / name, None
+                self.run_dir = None
             self.accelerator.wait_for_everyone()
+            is_best = self.state.best_model_checkpoint == str(partial)
+            if is_best:
+                self.state.best_model_checkpoint = str(output / name)
             if self.args.should_save:
-                if self.state.best_model_checkpoint == str(partial):
-                    self.state.best_model_checkpoint = str(output / name)
+                if is_best:
                     self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
                 checkpoints.finish(partial, output / name, self.settings)
                 if self.args.save_total_limit:
@@ -177,15 +197,19 @@ class BottleneckTrainer(Trainer):
         model = self.model if model is None else model
         if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load: Any = type(model).from_pretrained
         with quiet():  # it would report the bottleneck's tensors as unexpected
-            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict()
+            loaded, report = load(resume_from_checkpoint, dtype=model.dtype, output_loading_info=True)
+        if report["missing_keys"]:
+            raise UserError(f"{resume_from_checkpoint} has no {min(report['missing_keys'])}; it holds another model")
+        saved = loaded.state_dict()
         if hasattr(model, "bottleneck"):
             attachment_of(model).load(Path(resume_from_checkpoint))
             saved |= {name: t for name, t in model.state_dict().items() if name.startswith(PREFIX)}
         model.load_state_dict(saved)
 
     def _load_best_model(self) -> None:
-        if not isinstance(self.model, PreTrainedModel):
+        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -153,7 +153,7 @@ def split(folder: str, steps: int, load: bool) -> dict[str, Any]:
         vittle.save_bottleneck(model, f"{folder}/bottleneck")
     outcome = {"losses": losses, "alpha": float(bottleneck.alpha), "sharded": all(sharded), "groups": groups}
     outcome["sums"] = {
-        name: float(value.full_tensor().double().abs().sum()) for name, value in bottleneck.named_parameters()
+        name: float(value.detach().full_tensor().double().abs().sum()) for name, value in bottleneck.named_parameters()
     }
     outcome["local"] = everywhere({name: list(value.to_local().shape) for name, value in bottleneck.named_parameters()})
     dist.destroy_process_group()
@@ -189,3 +189,5 @@ if __name__ == "__main__":
     outcome = globals()[name](**json.loads(options.read_text()))
     if os.environ.get("RANK", "0") == "0":
         options.with_suffix(".out").write_text(json.dumps(outcome))
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort an exit in good order

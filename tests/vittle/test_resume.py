@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vittle.checkpoints import MANIFEST, PARTIAL, RUN_FILE, in_order
+from vittle.checkpoints import MANIFEST, PARTIAL, RUN_FILE, in_order, keep_newest, whole
 from vittle.cli import main
 from vittle.demo.checkpoint import make_model, make_processor, save
 from vittle.demo.scenes import write_dataset
@@ -61,6 +61,7 @@ def outcome(output: Path) -> dict[str, Any]:
     logs = json.loads((last / "trainer_state.json").read_text())["log_history"]
     timed = {"tokens_per_second", "bottleneck_share"}
     weights = load_file(output / "model.safetensors") | load_file(output / "bottleneck.safetensors")
+    assert in_order(output)[-1] == last  # and not a step more
     return {"logs": [{k: v for k, v in log.items() if k not in timed} for log in logs], "weights": weights}
 
 
@@ -94,7 +95,9 @@ def while_saving(output: Path, chance: random.Random) -> None:
     for _ in range(chance.randint(1, 3)):
         while not (output / PARTIAL).exists() and time.monotonic() < end:
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.06))
+        time.sleep(chance.uniform(0, 0.05))
+        while chance.random() < 0.5 and (output / PARTIAL).exists():
+            time.sleep(0.001)
 
 
 @pytest.mark.slow
@@ -177,6 +180,24 @@ def test_a_half_written_checkpoint_is_passed_over(
     assert_same(outcome(broken_off), outcome(uninterrupted))
     assert [each.name for each in in_order(broken_off)] == ["checkpoint-15", "checkpoint-18"]  # two are kept
     assert not [each for each in broken_off.iterdir() if each.name.startswith(".")]
+
+
+def test_keep_newest(uninterrupted: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(uninterrupted, tmp_path / "run")
+    cut(output / "checkpoint-18" / "optimizer.pt")
+    keep_newest(output, 3, best=str(output / "checkpoint-6"))
+    assert [each.name for each in whole(output)] == ["checkpoint-6", "checkpoint-12", "checkpoint-15"]
+    keep_newest(output, 1, best=str(output / "checkpoint-6"))
+    assert [each.name for each in whole(output)] == ["checkpoint-6", "checkpoint-15"]
+    keep_newest(output, 1)
+    assert [each.name for each in whole(output)] == ["checkpoint-15"]
+    assert (output / "checkpoint-18").is_dir()
+
+
+def test_the_split_of_a_batch_may_change(start: Path, broken_off: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(start, broken_off, "--resume", "--batch-size", "4", "--gradient-accumulation", "1")) == 0
+    told = "the batch is split as [4, 1, 1] and was as [2, 2, 1]: the noise will not be the uninterrupted run's"
+    assert told in capsys.readouterr().out
 
 
 def test_without_a_whole_checkpoint_the_run_starts_again(
@@ -282,7 +303,7 @@ def test_a_full_disk_loses_nothing(start: Path, uninterrupted: Path, tmp_path: P
     told = [line for line in done.stderr.splitlines() if line.startswith("vittle: ")]
     name, last = ("checkpoint-9", "checkpoint-6") if at == "a checkpoint" else ("the model", "checkpoint-18")
     assert len(told) == 1 and told[0].startswith(
-        f"vittle: {name} cannot be written to {disk / 'run'}: the disk is full, "
+        f"vittle: {name} cannot be written to {disk / 'run'}: the disk is too full, "
     )
     assert told[0].endswith(f"; {last} is whole: --resume goes on from it")
     left = next(line for line in done.stdout.splitlines() if line.startswith("left: "))

@@ -13,7 +13,7 @@ MEGABATCH = 50
 
 class ModalityLengthSampler(Sampler[int]):
     """Every index once an epoch. Batches cut from it in order hold records with images, or without, of like lengths;
-    what does not fill a batch comes last.
+    what does not fill a batch comes last, or is filled up.
 
     Args:
         lengths: of each record, in any unit.
@@ -29,16 +29,16 @@ class ModalityLengthSampler(Sampler[int]):
     ) -> None:
         self.lengths, self.image_counts, self.batch_size, self.seed = lengths, image_counts, batch_size, seed
         self.fill, self.epoch = fill, 0
+        with_images = sum(count > 0 for count in image_counts)
+        of_modality = (with_images, len(lengths) - with_images)
+        self.count = sum(-(-n // batch_size) * batch_size for n in of_modality) if fill else len(lengths)
 
     def set_epoch(self, epoch: int) -> None:
         """The Trainer says which one is to come."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        if not self.fill:
-            return len(self.lengths)
-        with_images = sum(count > 0 for count in self.image_counts)
-        return sum(-(-n // self.batch_size) * self.batch_size for n in (with_images, len(self.lengths) - with_images))
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)

@@ -90,8 +90,8 @@ class Attachment:
         self.metrics: dict[str, Tensor] = {}
         """Of the last training pass, detached: ce, kl_vision, kl_text."""
         self.measures_std = False
-        """Whether the metrics tell the posterior's mean standard deviation too: std_vision, std_text."""
-        self.std: dict[str, Tensor] = {}
+        self.std: dict[str, tuple[Tensor, Tensor]] = {}
+        """If it is measured: by modality, the sum of the tokens' mean standard deviations, and their number."""
         self.warned = False
         self.trainable: list[bool] | None = None
         """Which parameters were trainable before PEFT froze them."""
@@ -239,9 +239,10 @@ class Attachment:
             here = ("vision", "text") if modality == "both" else (modality,)
             kl = {"vision": output.kl_vision, "text": output.kl_text}
             self.kl |= {name: kl[name] for name in here}
-            if self.measures_std:
-                std = _mean_std(output.posterior, *masks[:2])
-                self.std |= {f"std_{name}": std[name] for name in here}
+            if self.measures_std and tokens.text_kl is not None:
+                vision, text = tokens.vision, tokens.text_kl
+                std = _std(output.posterior, torch.zeros_like(text) if vision is None else vision, text)
+                self.std |= {name: std[name] for name in here}
         if modality == "both" or tokens.vision is None:
             return output.hidden_states
         passes = (tokens.vision == (modality == "vision")).unsqueeze(-1).to(hidden_states.device)
@@ -259,27 +260,21 @@ class Attachment:
         ce = output[0] if is_tuple else output.loss
         kl = {name: each.to(ce.device) for name, each in kl.items()}
         loss = ce + self.config.beta * sum(kl.values())
-        self.metrics = {"ce": ce.detach()} | {f"kl_{name}": each.detach() for name, each in kl.items()} | self.std
+        self.metrics = {"ce": ce.detach()} | {f"kl_{name}": each.detach() for name, each in kl.items()}
         if is_tuple:
             return (loss, *output[1:])
         output.loss = loss
         return output
 
 
-def _mean_std(posterior: Tensor, vision: Tensor | None, text_kl: Tensor | None) -> dict[str, Tensor]:
-    """The mean standard deviation of the posteriors of the tokens that count, by modality; posteriors in the heads'
-    order.
+def _std(posterior: Tensor, vision: Tensor, text_kl: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The standard deviation of the posteriors of the tokens that count, by modality: sum and number; posteriors in
+    the heads' order.
     """
-    assert text_kl is not None
     logvar = posterior[:, posterior.shape[1] // 2 :].float().clamp(-LOGVAR_BOUND, LOGVAR_BOUND)
-    std = (logvar / 2).exp().mean(1)
-    if vision is None:
-        vision = torch.zeros_like(text_kl)
-    std = std[modality_order(vision)[1]].view(text_kl.shape)
-    return {
-        name: torch.where(mask, std, 0.0).sum() / mask.sum().clamp(min=1)
-        for name, mask in (("vision", vision), ("text", text_kl))
-    }
+    masks = {name: mask.to(posterior.device) for name, mask in (("vision", vision), ("text", text_kl))}
+    std = (logvar / 2).exp().mean(1)[modality_order(masks["vision"])[1]].view(text_kl.shape)
+    return {name: (torch.where(mask, std, 0.0).sum(), mask.sum()) for name, mask in masks.items()}
 
 
 def token_weights(labels: Tensor, vision: Tensor, text_kl: Tensor, num_items: Tensor | int | None) -> Tensor:
@@ -402,7 +397,7 @@ def save_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, inferen
     Of a model that FSDP2 shards all ranks must come here, and the first writes.
     """
     attachment = attachment_of(model)
-    settings, tensors = attachment.settings(), ranks.gathered(attachment.module.state_dict())
+    settings, tensors = attachment.settings(), ranks.whole_tensors(attachment.module)
     if ranks.is_sharded(model) and not ranks.is_first():
         return
     if inference_only:
