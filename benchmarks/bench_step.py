@@ -23,7 +23,7 @@ import torch
 from layers import EagerBottleneck, failure
 from records import Entry, Results, entry, failed, machine, parser
 from report import by_problem, table
-from timing import Step, peak_bytes, take_turns
+from timing import Step, keep_freed_memory, peak_bytes, take_turns
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -235,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the model (bfloat16)")
     options = command.parse_args(arguments)
     device = torch.device(options.device)
+    keep_freed_memory()
     facts = machine(device)
     results = Results(options.output / "step.json")
     shapes = SHAPES | {"7b": Shape(layers=options.layers, batch=options.batch, checkpointed=options.layers > 4)}

@@ -2,6 +2,7 @@
 
 from vittle.errors import UserError
 from vittle.methods.bottleneck import (
+    ALPHA_SCHEDULES,
     BottleneckConfig,
     attach_bottleneck,
     attachment_of,
@@ -13,6 +14,7 @@ from vittle.methods.saving import from_released, to_released
 from vittle.ranks import shard
 
 __all__ = [
+    "ALPHA_SCHEDULES",
     "BottleneckConfig",
     "UserError",
     "attach_bottleneck",

@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from vittle import checkpoints, ranks
 from vittle.curves import CURVES, draw
@@ -126,6 +127,11 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     if config.alpha_schedule not in ALPHA_SCHEDULES:
         choices = ", ".join(map(repr, ALPHA_SCHEDULES))
         raise UserError(f"alpha_schedule is {config.alpha_schedule!r}; must be one of {choices}")
+    installed = get_available_reporting_integrations()
+    if config.report_to not in ("none", *installed):
+        found = ", ".join(sorted(installed)) or "none"
+        raise UserError(f"report_to is {config.report_to!r}, which is not installed; of those that transformers knows, "
+                        f"there is: {found}")  # fmt: skip
     args, output = training_arguments(config), Path(config.output)  # from here on the processes know each other
     dataset = ranks.first_then_all(lambda: _dataset(config))
     processor = ranks.first_then_all(lambda: load_processor(config.model))

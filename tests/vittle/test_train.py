@@ -109,6 +109,7 @@ def test_an_existing_run_is_refused_or_resumed(
         (("--model", "no/such/folder"), "model is 'no/such/folder'; must be a folder or Hub id"),
         (("--data", "no.json"), "no.json"),
         (("--layer", "99"), "layer is 99; must be in [1, "),
+        (("--report-to", "nothing"), "report_to is 'nothing', which is not installed"),
         (("--beta", "-1"), "beta is -1.0; must not be negative"),
         (
             ("--max-length", "10"),
