@@ -129,7 +129,7 @@ def writing(output: Path, name: str) -> Iterator[Path]:
     """
     partial = output / PARTIAL
     try:
-        partial.mkdir(exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
         yield partial
         if ranks.is_first():
             partial.rmdir()

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_train import data, small  # noqa: F401
 from tiny import WIDTH, make_batch, tiny_llava
 from torch import Tensor
 from transformers import TrainingArguments
 
 import vittle
+from vittle.checkpoints import PARTIAL, in_order
 from vittle.curves import draw
 from vittle.train import TrainConfig, train
 from vittle.trainer import BottleneckTrainer
@@ -38,15 +40,20 @@ class Repeated(torch.utils.data.Dataset[Any]):
         return self.samples[index]
 
 
-def run(model: Any, folder: Path, without: tuple[str, ...] = (), **options: Any) -> list[dict[str, Any]]:
+def tuned(model: Any, folder: Path, without: tuple[str, ...] = (), **options: Any) -> BottleneckTrainer:
     defaults: dict[str, Any] = {"max_steps": 4, "logging_steps": 2, "save_strategy": "no", "seed": 1}
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=3, use_cpu=True, remove_unused_columns=False, report_to="none",
         **defaults | options,
     )  # fmt: skip
-    trainer = BottleneckTrainer(model=model, args=arguments, train_dataset=Repeated(8, without))
+    samples = Repeated(8, without)
+    trainer = BottleneckTrainer(model=model, args=arguments, train_dataset=samples, eval_dataset=samples)
     trainer.train()
-    return [log for log in trainer.state.log_history if "loss" in log]
+    return trainer
+
+
+def run(*args: Any, **options: Any) -> list[dict[str, Any]]:
+    return [log for log in tuned(*args, **options).state.log_history if "loss" in log]
 
 
 def test_posterior_and_tokens(tmp_path: Path) -> None:
@@ -130,3 +137,21 @@ def test_the_terminal_and_the_plot(
     assert (tmp_path / "other.png").read_bytes() != picture
     draw([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llava()
+    bottleneck = vittle.attach_bottleneck(model)
+    trainer = tuned(
+        model, tmp_path / "run", learning_rate=0.5, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="loss",
+    )  # fmt: skip
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    best = losses.index(min(losses)) + 1
+    assert best < 4 and "eval_loss" in capsys.readouterr().out
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / f"checkpoint-{best}")
+    assert [each.name for each in in_order(tmp_path / "run")] == [f"checkpoint-{best}", "checkpoint-4"]
+    stored = load_file(tmp_path / "run" / f"checkpoint-{best}" / "model.safetensors")
+    assert torch.equal(bottleneck.weight_in, stored["bottleneck.weight_in"])
+    assert not (tmp_path / "run" / PARTIAL).exists()
+    assert PARTIAL not in (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text()

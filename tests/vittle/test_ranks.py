@@ -14,13 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from processes import ENVIRONMENT, ROOT, call, split, together, torchrun, tune
 from tiny import tiny_llava
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 import vittle
+from vittle.data import ModalityLengthSampler
 from vittle.demo.checkpoint import make_model, make_processor, save
 from vittle.demo.scenes import write_dataset
 
@@ -106,6 +110,64 @@ def test_fsdp2(tmp_path: Path) -> None:
     vittle.load_bottleneck(model, tmp_path / "bottleneck")
     sums = {name: float(value.detach().double().abs().sum()) for name, value in model.bottleneck.named_parameters()}
     assert sums == pytest.approx(two["sums"], rel=1e-4)
+
+
+def test_shard_takes_stacks_within_stacks(tmp_path: Path) -> None:
+    """As of experts within layers."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(expert(x) for expert in self.experts)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.ModuleList(Layer() for _ in range(2)), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    model = Model()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        vittle.shard(model)
+        model(torch.ones(1, 8)).sum().backward()
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_sharded_model_takes_no_bottleneck_and_keeps_its_own(tmp_path: Path) -> None:
+    plain, attached = tiny_llava(), tiny_llava()
+    vittle.attach_bottleneck(attached)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        vittle.shard(plain)
+        vittle.shard(attached)
+        with pytest.raises(vittle.UserError, match="is sharded already; attach the bottleneck before fully_shard"):
+            vittle.attach_bottleneck(plain)
+        with pytest.raises(vittle.UserError, match="is sharded; it keeps its bottleneck"):
+            vittle.detach_bottleneck(attached)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("count", [(0, 3), (3, 0), (5, 9), (16, 8), (1, 100)])
+def test_batches_are_filled_with_their_own_modality(count: tuple[int, int]) -> None:
+    images = [1] * count[0] + [0] * count[1]
+    sampler = ModalityLengthSampler(list(range(len(images))), images, 8, seed=0, fill=True)
+    order = list(sampler)
+    assert len(order) == len(sampler) and len(order) % 8 == 0 and set(order) == set(range(len(images)))
+    assert len(order) - len(images) < 16
+    for start in range(0, len(order), 8):
+        assert len({images[i] for i in order[start : start + 8]}) == 1
 
 
 @pytest.mark.parametrize("layer", [1, 3])
