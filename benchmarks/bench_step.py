@@ -219,9 +219,9 @@ def summary(results: Results) -> str:
             added = {name: infos[name]["added_share"] for name in CONTENDERS[1:]}
             predicted = infos["plain"]["predicted_share"]
             parts = ", ".join(f"{name} adds {100 * share:.1f} %" for name, share in added.items())
-            times = f"the fused one {added['fused'] / predicted:.2f} times that"
             what = f"{params['tuning']}, {params['layers']} layers of {params['width']}"
-            lines.append(f"{what}: {parts}; by multiply-adds {100 * predicted:.1f} %, {times}")
+            lines.append(f"{what}: by multiply-adds {100 * predicted:.1f} %")
+            lines.append(f"    {parts}, {added['fused'] / predicted:.2f} times that")
     return "\n".join(lines)
 
 
