@@ -130,11 +130,17 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def tell_launcher(error: BaseException) -> None:
-    """Hands an error to torchrun, which shows it as the reason why the other ranks were ended."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+    """Hands an error to torchrun, which shows it as the reason why the other ranks were ended; a UserError bare."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)
+    try:
+        if isinstance(error, UserError):
+            raise UserError(str(error)) from None
+        raise error
+    except BaseException as told:
+        get_error_handler().record_exception(told)
 
 
 def _is_several() -> bool:

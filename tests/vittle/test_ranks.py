@@ -225,6 +225,8 @@ def test_an_error_of_one_rank_ends_all(data: dict[str, str], tmp_path: Path) -> 
         line for line in outcome.stderr.splitlines() if "vittle: " in line and "broken.png cannot be decoded" in line
     ]
     assert len(told) >= 1 and "record 5 (id " in told[0]
+    cause = outcome.stderr.partition("Root Cause")[2]  # as torchrun shows it, without our code's frames
+    assert "broken.png cannot be decoded" in cause and "train.py" not in cause
 
 
 def test_a_rank_that_dies_ends_the_others(data: dict[str, str], tmp_path: Path) -> None:
