@@ -67,6 +67,7 @@ def test_without_noise_the_curves_are_one(data: dict[str, str], tmp_path: Path) 
             torch.testing.assert_close(*([value or 0.0 for value in run] for run in found), rtol=0, atol=1.01e-4)
 
 
+@pytest.mark.slow
 def test_with_noise_the_ranks_draw_their_own(data: dict[str, str], tmp_path: Path) -> None:
     settings = data | {"max_steps": 7, "learning_rate": 1e-3, "save_steps": 0, "bottleneck": {"alpha": 0.9}}
 
