@@ -17,6 +17,7 @@ from typing import Any
 
 from vittle import ranks
 from vittle.errors import UserError, shown
+from vittle.methods.saving import write_json
 
 RUN_FILE = "vittle_run.json"
 """The run's settings, in its output folder."""
@@ -185,13 +186,6 @@ def keep_newest(output: Path, count: int, best: str | None = None) -> None:
 def _remove(checkpoint: Path) -> None:
     """At once, as far as others can see."""
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{_GONE}{checkpoint.name}")))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

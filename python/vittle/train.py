@@ -88,17 +88,16 @@ class TrainResult:
     """Records that were bad, and times that one had a broken image."""
 
 
-def load_model(path: str) -> tuple[Any, Any]:
-    """A vision-language model in fp32 and its processor, from a folder or a Hub id, safetensors only.
+def load_model(path: str) -> Any:
+    """A vision-language model in fp32, from a folder or a Hub id, safetensors only.
 
     Raises:
         UserError: there is no such model.
     """
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise _no_model(path, error) from error
-    return model, load_processor(path)
 
 
 def load_processor(path: str) -> Any:
@@ -138,7 +137,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     # A batch without images leaves the projector out; LLaVA never reads its tower's last layer.
     args.ddp_find_unused_parameters = config.tune_vision or not all(dataset.image_counts)
     checkpoint, settings = ranks.agree(lambda: _begin(config, args.world_size))
-    model = load_model(config.model)[0]
+    model = load_model(config.model)
     set_seed(config.seed)  # here: DeepSpeed's way of loading a model draws from the generator
     templates = task_templates(config.loss, config.task_templates, dataset)
     if config.stage == "align":
@@ -161,8 +160,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         callbacks=callbacks,
         settings=settings,
     )
-    shares_weights = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if shares_weights and not config.group_by_length and len({count > 0 for count in dataset.image_counts}) > 1:
+    if trainer.shares_weights and not config.group_by_length and len({count > 0 for count in dataset.image_counts}) > 1:
         raise UserError(
             "some records have images and some have none: ranks that share weights must all see images, or none; "
             "leave out --no-grouping"

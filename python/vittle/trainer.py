@@ -122,6 +122,11 @@ class BottleneckTrainer(Trainer):
             self.add_callback(TableCallback())
         self.add_callback(WindowCallback())
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether ranks share the model's weights, and so must all see images, or none."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     data_seconds = 0.0
     """What training waited for data."""
 
@@ -137,9 +142,8 @@ class BottleneckTrainer(Trainer):
         data = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, LlavaDataset):
             return super()._get_train_sampler(train_dataset)
-        shares_weights = self.is_fsdp_enabled or self.is_deepspeed_enabled
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ModalityLengthSampler(data.lengths, data.image_counts, size, self.args.seed, fill=shares_weights)
+        return ModalityLengthSampler(data.lengths, data.image_counts, size, self.args.seed, fill=self.shares_weights)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own, watched by the monitor."""
@@ -209,7 +213,7 @@ class BottleneckTrainer(Trainer):
         model.load_state_dict(saved)
 
     def _load_best_model(self) -> None:
-        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if not isinstance(self.model, PreTrainedModel) or self.shares_weights:
             return super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -39,9 +39,14 @@ def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tenso
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Writes ``bottleneck_config.json``."""
     _make(folder)
-    partial = folder / f".{CONFIG}.{os.getpid()}"
-    partial.write_text(json.dumps({"format": FORMAT, **settings}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / CONFIG)
+    write_json(folder / CONFIG, {"format": FORMAT, **settings})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _make(folder: Path) -> None:
