@@ -39,7 +39,7 @@ def draw(history: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.5, marker=marker)
         axis.set_title(title, fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.dataLim.y1 or 1)  # a flat curve is not on the frame
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if len(names) > 1:
