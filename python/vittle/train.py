@@ -10,8 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -33,6 +31,7 @@ from vittle.methods.bottleneck import (
 )
 from vittle.methods.instruct import Loss, TaskTemplates
 from vittle.methods.saving import PREFIX
+from vittle.models import load_model, load_processor
 from vittle.trainer import AlphaCallback, BottleneckTrainer, quiet
 
 
@@ -86,35 +85,6 @@ class TrainResult:
     """Of the time, spent waiting for data."""
     skipped: int
     """Records that were bad, and times that one had a broken image."""
-
-
-def load_model(path: str) -> Any:
-    """A vision-language model in fp32, from a folder or a Hub id, safetensors only.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    try:
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise _no_model(path, error) from error
-
-
-def load_processor(path: str) -> Any:
-    """A vision-language model's processor.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    try:
-        return AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise _no_model(path, error) from error
-
-
-def _no_model(path: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"model is {path!r}; must be a folder or Hub id of a vision-language model: {reason}")
 
 
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:

@@ -51,7 +51,7 @@ class Record:
     def messages(self) -> list[Message]:
         """The turns as Hugging Face chat messages, with image and text parts in the order of the turn."""
         roles = ("user", "assistant")
-        return [{"role": roles[i % 2], "content": _parts(turn)} for i, turn in enumerate(self.turns)]
+        return [{"role": roles[i % 2], "content": parts(turn)} for i, turn in enumerate(self.turns)]
 
 
 class LlavaDataset(Dataset[Item]):
@@ -103,7 +103,7 @@ class LlavaDataset(Dataset[Item]):
         for position in self._candidates(index % len(self)):
             record = self.record(position)
             try:
-                images = [_decode(file) for file in record.images]
+                images = [decode(file) for file in record.images]
             except UserError as error:
                 located = self._located(error, self._index.positions[position], record.id)
                 if self.on_bad == "stop":
@@ -140,7 +140,7 @@ class LlavaDataset(Dataset[Item]):
         """The texts of all instructions, in order, images left out."""
         for index in range(len(self)):
             for turn in _turns(self._raw(index)["conversations"])[::2]:  # its images need no second look
-                yield from (part["text"] for part in _parts(turn) if part["type"] == "text")
+                yield from (part["text"] for part in parts(turn) if part["type"] == "text")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}
@@ -194,13 +194,13 @@ def parse_record(raw: object, folder: Path) -> Record:
     if not isinstance(id, str | int):
         raise UserError(f"`id` is {_found(id)}; it must be a string or an integer")
     turns = _turns(raw.get("conversations"))
-    names = _image_names(raw.get("image"))
+    names = image_names(raw.get("image"))
     markers = sum(turn.count(MARKER) for turn in turns)
     if markers != len(names):
         raise UserError(
             f"it has {markers} {MARKER} marker(s) and {len(names)} image(s); each image must have one marker"
         )
-    return Record(id, turns, tuple(_image_file(name, folder) for name in names))
+    return Record(id, turns, tuple(image_file(name, folder) for name in names))
 
 
 def _turns(conversations: object) -> tuple[str, ...]:
@@ -235,7 +235,7 @@ def _text(value: object, where: str) -> str:
     return value
 
 
-def _image_names(image: object) -> list[str]:
+def image_names(image: object) -> list[str]:
     listed = [] if image is None else image if isinstance(image, list) else [image]
     names = [name for name in listed if isinstance(name, str) and name]
     if len(names) != len(listed):
@@ -243,7 +243,7 @@ def _image_names(image: object) -> list[str]:
     return names
 
 
-def _image_file(name: str, folder: Path) -> Path:
+def image_file(name: str, folder: Path) -> Path:
     named = shown(name)
     if Path(name).is_absolute():
         raise UserError(f"image {named} is an absolute path; it must be relative to the image folder")
@@ -259,13 +259,13 @@ def _image_file(name: str, folder: Path) -> Path:
     return file
 
 
-def _parts(turn: str) -> list[dict[str, str]]:
+def parts(turn: str) -> list[dict[str, str]]:
     """The content parts of a turn, without the white space around them: templates write their own."""
     pieces = (piece.strip() for piece in re.split(f"({MARKER})", turn))
     return [{"type": "image"} if p == MARKER else {"type": "text", "text": p} for p in pieces if p]
 
 
-def _decode(file: Path) -> Image.Image:
+def decode(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert("RGB")

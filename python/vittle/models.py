@@ -1,0 +1,82 @@
+"""Models and processors from a folder or a Hub id: plain, with adapters, with a bottleneck."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vittle.errors import UserError
+from vittle.methods import saving
+from vittle.methods.bottleneck import load_bottleneck
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What PEFT writes beside its adapters."""
+
+
+def load_model(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A vision-language model, safetensors only.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise _no_model(path, error) from error
+
+
+def load_tuned(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model as a run of ``vittle train`` left it, in eval mode: with PEFT's adapters and its bottleneck, if any.
+
+    Raises:
+        UserError: there is no such model, or its adapters or its bottleneck do not fit.
+    """
+    folder = Path(path)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        model = load_model(path, dtype)
+    else:
+        model = _with_adapters(folder, dtype)
+    if (folder / saving.CONFIG).is_file():
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        load_bottleneck(base, folder)
+    return model.eval()
+
+
+def _with_adapters(folder: Path, dtype: torch.dtype) -> Any:
+    from peft import PeftModel
+
+    path = folder / ADAPTER_CONFIG
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(base, str):
+        raise UserError(f"{path} has base_model_name_or_path {base!r}; must name the model that the adapters are for")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder} has an {ADAPTER_CONFIG} and no adapter_model.safetensors; save the adapters so")
+    model = load_model(base, dtype)
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _no_model(str(folder), error) from error
+
+
+def load_processor(path: str) -> Any:
+    """A vision-language model's processor.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _no_model(path, error) from error
+
+
+def _no_model(path: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"model is {path!r}; must be a folder or Hub id of a vision-language model: {reason}")
