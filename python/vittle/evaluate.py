@@ -1,72 +1,120 @@
-"""Greedy answers of a vision-language model to the questions of a data set."""
+"""Greedy answers of a vision-language model to a task's questions, under one condition after another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from vittle.data.llava import Item
+from vittle.data.llava import decode, parts
+from vittle.errors import UserError
+from vittle.shifts import CLEAN, Condition
+from vittle.shifts.condition import Translator
+from vittle.tasks import Sample
 
 
-def answer(
-    model: Any,
-    processor: Any,
-    items: Iterable[Item],
-    *,
-    batch_size: int = 32,
-    max_new_tokens: int = 128,
-    change: Callable[[Image.Image, int], Image.Image] | None = None,
-    progress: tqdm[Any] | None = None,
-) -> list[str]:
-    """The model's answer to each item's last question, greedily, in batches padded on the left.
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered; or why it was not asked."""
+
+    id: str
+    question: str
+    """As it was asked, shifted."""
+    text: str | None
+    error: str = ""
+    """Of a broken image."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked: what the answers depend on besides model, samples and condition."""
+
+    batch_size: int = 16
+    max_new_tokens: int = 128
+    seed: int = 0
+    workers: int = 0
+    """Processes that decode and shift images; the answers do not depend on them."""
+    translator: Translator | None = None
+
+
+def batches(samples: Iterable[Sample], size: int) -> list[list[Sample]]:
+    """Samples of like length together, those with images apart from those without; always the same ones."""
+    in_order = sorted(samples, key=lambda sample: (bool(sample.images), len(sample.question)))
+    runs = [list(run) for _, run in groupby(in_order, key=lambda sample: bool(sample.images))]
+    return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+
+
+def ask(
+    model: Any, processor: Any, batches: Sequence[Sequence[Sample]], condition: Condition = CLEAN,
+    asking: Asking | None = None,
+) -> Iterator[list[Answer]]:  # fmt: skip
+    """The model's greedy answers, a batch at a time, padded on the left.
+
+    A sample with an image that cannot be decoded is not asked; its answer says why.
 
     Args:
-        model: a vision-language model in eval mode, with or without a bottleneck.
+        model: a vision-language model in eval mode, with or without bottleneck and adapters.
         processor: its processor, with a chat template.
-        items: of a `LlavaDataset`; the last turn, the reference answer, is not shown to the model.
-        batch_size: items at a time.
-        max_new_tokens: where an answer that does not end is cut.
-        change: what to do to each image, given the item's position, before the model sees it.
-        progress: a bar to move by one for each item.
+        batches: as :func:`batches` makes them.
+        condition: the shift of images and texts.
+        asking: the settings; the defaults if None.
     """
-    answers: list[str] = []
-    stream = iter(items)
-    while batch := list(islice(stream, batch_size)):
-        texts = [processor.apply_chat_template(item["messages"][:-1], add_generation_prompt=True) for item in batch]
-        images = [
-            [image if change is None else change(image, len(answers) + offset) for image in item["images"]]
-            for offset, item in enumerate(batch)
-        ]
-        inputs = processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        with torch.inference_mode():
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        if progress is not None:
-            progress.update(len(batch))
-    return [text.strip() for text in answers]
+    asking = asking or Asking()
+    inputs = _Inputs(processor, batches, condition, asking)
+    for answers, tensors in DataLoader(inputs, batch_size=None, num_workers=asking.workers):
+        texts: Iterator[str] = iter(())
+        if tensors is not None:
+            tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+            with torch.inference_mode():
+                ids = model.generate(**tensors, max_new_tokens=asking.max_new_tokens, do_sample=False)
+            written = ids[:, tensors["input_ids"].shape[1] :]
+            texts = iter(processor.batch_decode(written, skip_special_tokens=True))
+        yield [each if each.error else Answer(each.id, each.question, next(texts).strip()) for each in answers]
 
 
-def batched_progress(total: int, description: str) -> tqdm[Any]:
-    """A progress bar over items that fits 80 columns."""
+def progress_bar(total: int, description: str) -> tqdm[Any]:
+    """Over answers; it fits 80 columns."""
     return tqdm(total=total, desc=description, unit="answer", ncols=80, leave=False)
 
 
-def exact_matches(answers: Iterable[str], references: Iterable[str]) -> Iterator[bool]:
-    """Whether each answer is its reference, apart from case and a final full stop."""
-    for found, wanted in zip(answers, references, strict=True):
-        yield _normal(found) == _normal(wanted)
+class _Inputs(Dataset[tuple[list[Answer], Any]]):
+    """Each batch as the model takes it, beside the answers without their texts."""
 
+    def __init__(
+        self, processor: Any, batches: Sequence[Sequence[Sample]], condition: Condition, asking: Asking
+    ) -> None:
+        self.processor, self.batches, self.condition, self.asking = processor, batches, condition, asking
 
-def _normal(text: str) -> str:
-    return text.strip().rstrip(".").lower()
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[list[Answer], Any]:
+        answers, texts, images = [], [], []
+        for sample in self.batches[index]:
+            question = self.condition.question(
+                sample.question, sample.id, self.asking.seed, self.asking.translator
+            )
+            try:
+                shown = self._images(sample)
+            except UserError as error:
+                answers.append(Answer(sample.id, question, None, str(error)))
+                continue
+            answers.append(Answer(sample.id, question, None))
+            messages = [{"role": "user", "content": parts(question)}]
+            texts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True))
+            images.append(shown)
+        if not texts:
+            return answers, None
+        tensors = self.processor(
+            text=texts, images=images if any(images) else None, padding=True, padding_side="left", return_tensors="pt"
+        )
+        return answers, dict(tensors)
+
+    def _images(self, sample: Sample) -> list[Image.Image]:
+        return self.condition.images(map(decode, sample.images), sample.id, self.asking.seed)

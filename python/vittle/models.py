@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vittle.errors import UserError
 from vittle.methods import saving
@@ -49,6 +50,17 @@ def load_tuned(path: str, dtype: torch.dtype = torch.float32) -> Any:
 def _with_adapters(folder: Path, dtype: torch.dtype) -> Any:
     from peft import PeftModel
 
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder} has an {ADAPTER_CONFIG} and no adapter_model.safetensors; save the adapters so")
+    model = load_model(_base_of(folder), dtype)
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _no_model(str(folder), error) from error
+
+
+def _base_of(folder: Path) -> str:
+    """The model that a folder's adapters are for."""
     path = folder / ADAPTER_CONFIG
     try:
         base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -56,13 +68,30 @@ def _with_adapters(folder: Path, dtype: torch.dtype) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(base, str):
         raise UserError(f"{path} has base_model_name_or_path {base!r}; must name the model that the adapters are for")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} has an {ADAPTER_CONFIG} and no adapter_model.safetensors; save the adapters so")
-    model = load_model(base, dtype)
-    try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _no_model(str(folder), error) from error
+    return base
+
+
+def fingerprint(path: str) -> str:
+    """What tells a model from all others: a digest of its folder's weights and configs, or the Hub's commit.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            return str(AutoConfig.from_pretrained(path)._commit_hash)
+        except (OSError, ValueError) as error:
+            raise _no_model(path, error) from error
+    digest = hashlib.sha256()
+    names = ("config.json", ADAPTER_CONFIG, saving.CONFIG)
+    for file in sorted([*folder.glob("*.safetensors"), *(folder / name for name in names)]):
+        if file.is_file():
+            with file.open("rb") as opened:
+                digest.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\0".encode())
+    if (folder / ADAPTER_CONFIG).is_file():
+        digest.update(fingerprint(_base_of(folder)).encode())
+    return digest.hexdigest()
 
 
 def load_processor(path: str) -> Any:

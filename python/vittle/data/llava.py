@@ -46,6 +46,8 @@ class Record:
     id: str | int
     turns: tuple[str, ...]
     images: tuple[Path, ...]
+    kind: str = ""
+    """Of the question, where the record says it, as the digit scenes do."""
 
     @property
     def messages(self) -> list[Message]:
@@ -200,7 +202,7 @@ def parse_record(raw: object, folder: Path) -> Record:
         raise UserError(
             f"it has {markers} {MARKER} marker(s) and {len(names)} image(s); each image must have one marker"
         )
-    return Record(id, turns, tuple(image_file(name, folder) for name in names))
+    return Record(id, turns, tuple(image_file(name, folder) for name in names), str(raw.get("kind") or ""))
 
 
 def _turns(conversations: object) -> tuple[str, ...]:
