@@ -13,7 +13,10 @@ from vittle import ranks
 from vittle.errors import UserError
 from vittle.methods.bottleneck import ALPHA_SCHEDULES, BottleneckConfig
 
-_EXTRAS = {"vittle.train": "train", "vittle.demo": "train", "vittle.labels": "train", "vittle.assemble": "train"}
+_EXTRAS = {
+    "vittle.train": "train", "vittle.demo": "eval", "vittle.labels": "train", "vittle.assemble": "train",
+    "vittle.evaluation": "eval", "vittle.compare": "eval",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,6 +114,14 @@ def _assemble(options: argparse.Namespace) -> None:
     print(f"the model is in {options.output}; its projector is random: vittle train --stage align")
 
 
+def _evaluate(options: argparse.Namespace) -> None:
+    evaluation = _application("vittle.evaluation")
+    settings = vars(options) | {"shifts": tuple(options.shifts)}
+    names = evaluation.EvaluateConfig.__dataclass_fields__
+    print(evaluation.table(evaluation.evaluate(evaluation.EvaluateConfig(**{name: settings[name] for name in names}))))
+    print(f"\nThe answers, the summary and the report, {evaluation.REPORT}, are in {options.output}.")
+
+
 def _demo(options: argparse.Namespace) -> None:
     demo = _application("vittle.demo")
     demo.run(options.output, seed=options.seed, methods=options.methods)
@@ -131,6 +142,27 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     )
     add("--task-templates", default="20", metavar="K|FILE", help="sentences of instructions without labels: the K most "
         "frequent of the data, or an edited task_templates.json")  # fmt: skip
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_evaluate)
+    add = command.add_argument
+    add("--model", required=True, metavar="DIR|ID", help="folder or Hub id; adapters and bottleneck are found there")
+    add("--task", required=True, help="digits, pope, pope-strict, mme, choice, exact or llava-bench")
+    add("--output", required=True, metavar="DIR", help="folder of the evaluation")
+    add("--data", metavar="PATH", help="the task's file or folder (digits: none)")
+    add("--images", metavar="DIR", help="folder that image paths start from, if not the data's")
+    add("--shifts", nargs="*", default=[], metavar="SHIFT", help="such as frost:3 fog:1-5 snow keyboard:2 "
+        "frost:3+keyboard:2 translation:German; or images, texts, vittle (27 conditions)")  # fmt: skip
+    add("--translations", metavar="FILE", help="JSON lines of id, language, text")
+    add("--limit", type=int, metavar="N", help="the first samples only")
+    add("--batch-size", type=int, default=16, metavar="N", help="questions at a time")
+    add("--max-new-tokens", type=int, metavar="N", help="where an answer is cut (default: the task's)")
+    add("--seed", type=int, default=0, help="of the shifts")
+    add("--workers", type=int, default=2, metavar="N", help="processes that decode and shift images")
+    add("--judge-url", metavar="URL", help="OpenAI-compatible endpoint; its key: OPENAI_API_KEY")
+    add("--judge-model", metavar="NAME", help="the judge's name there")
+    add("--layer-jsd", action="store_true", help="how far shifts move the states after each layer")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,6 +197,12 @@ def _parser() -> argparse.ArgumentParser:
     assemble.add_argument("--language", required=True, metavar="DIR|ID", help="language model with its tokenizer")
     assemble.add_argument("--output", required=True, metavar="DIR", help="a new folder")
     assemble.add_argument("--seed", type=int, default=0, help="of the projector")
+
+    _add_evaluate(commands.add_parser(
+        "evaluate", help="measure a model on a task, clean and shifted",
+        description="Asks a model a task's questions, clean and under shifts of images and texts. The same command "
+        "goes on with what the output folder holds; further --shifts are added to it.", formatter_class=formatter,
+    ))  # fmt: skip
 
     train = commands.add_parser("train", help="tune a vision-language model on LLaVA's data",
                                 description="Tunes a Hugging Face vision-language model on a file in LLaVA's JSON "

@@ -25,6 +25,7 @@ from vittle.methods.saving import write_json
 from vittle.models import fingerprint, load_processor, load_tuned
 from vittle.shifts import Condition, parse_conditions
 from vittle.shifts.translation import Translations
+from vittle.tables import table
 from vittle.tasks import Sample, Task, load_task
 
 SETTINGS, SUMMARY, REPORT = "evaluation.json", "summary.json", "report.html"

@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from vittle.data import Collator, LlavaDataset
 from vittle.demo.report import draw, table
 from vittle.demo.scenes import write_dataset
 from vittle.errors import UserError
-from vittle.evaluate import answer, batched_progress, exact_matches
+from vittle.evaluate import Asking, ask, batches, progress_bar
 from vittle.methods.bottleneck import BottleneckConfig
-from vittle.shifts import image_shift
+from vittle.shifts import CLEAN, Condition, Shift
+from vittle.tasks.exact import Exact
 from vittle.train import TrainConfig, TrainResult, train
 
 ALIGNED = Path(__file__).parent / "aligned"
 """The small LLaVA that the demo starts from; ``make demo-checkpoint`` makes it."""
 
 TRAINING_QUESTIONS, HELD_OUT_QUESTIONS = 16_000, 400
-KINDS = ("gaussian_noise", "gaussian_blur", "contrast", "pixelate")
+KINDS = ("gaussian_noise", "defocus_blur", "contrast", "pixelate")
 SEVERITIES = (1, 3, 5)
 
 SETTINGS: dict[str, Any] = {
@@ -96,41 +96,39 @@ def run(output: str | Path, *, seed: int = 0, methods: Sequence[str] = ("plain",
 
 
 def _measure(result: TrainResult, held_out: Path, training: Path, seed: int) -> Outcome:
-    items = list(_items(held_out))
-    references = [record["conversations"][-1]["value"] for record in _records(held_out)]
-    kinds = [record["kind"] for record in _records(held_out)]
-    conditions = [(kind, severity) for kind in KINDS for severity in SEVERITIES]
-    with batched_progress(len(items) * (1 + len(conditions)), "evaluating") as progress:
+    task = Exact(held_out, held_out.parent / "images")
+    shifts = [Condition(Shift(kind, severity)) for kind in KINDS for severity in SEVERITIES]
+    asking = Asking(max_new_tokens=6, seed=seed)
+    with progress_bar(len(task.samples) * (1 + len(shifts)), "evaluating") as progress:
 
-        def matches(change: Any = None) -> list[bool]:
-            answers = answer(
-                result.model, result.processor, items,
-                batch_size=100, max_new_tokens=6, change=change, progress=progress,
-            )  # fmt: skip
-            return list(exact_matches(answers, references))
+        def answers(condition: Condition) -> dict[str, str | None]:
+            found: dict[str, str | None] = {}
+            for batch in ask(result.model, result.processor, batches(task.samples, 100), condition, asking):
+                found |= {each.id: each.text for each in batch}
+                progress.update(len(batch))
+            return found
 
-        clean = matches()
+        clean = answers(CLEAN)
         shifted: dict[str, dict[str, float]] = defaultdict(dict)
-        for kind, severity in conditions:
+        for condition in shifts:
+            assert condition.image is not None
+            kind, severity = condition.image
+            shifted[kind][str(severity)] = _accuracy(task, answers(condition))
 
-            def change(image: Image.Image, index: int, kind: str = kind, severity: int = severity) -> Image.Image:
-                return image_shift(image, kind, severity, seed=seed * 1_000_003 + index)
-
-            shifted[kind][str(severity)] = _mean(matches(change))
-
-    by_question = {
-        kind: _mean([ok for ok, of in zip(clean, kinds, strict=True) if of == kind]) for kind in sorted(set(kinds))
-    }
     accuracy = {
-        "clean": _mean(clean),
-        "shifted": round(sum(sum(each.values()) for each in shifted.values()) / len(conditions), 4),
-        "by_question": by_question,
+        "clean": _accuracy(task, clean),
+        "shifted": round(sum(sum(each.values()) for each in shifted.values()) / len(shifts), 4),
+        "by_question": {kind: _accuracy(task, clean, kind) for kind in sorted(task.groups)},
         "by_shift": dict(shifted),
     }
     last = next(log for log in reversed(result.history) if "loss" in log)
     kl = {"vision": last["kl_vision"], "text": last["kl_text"]} if "kl_vision" in last else None
     steps_per_second = round(result.steps / result.seconds, 2)
     return Outcome(accuracy, kl, steps_per_second, _kept_for_backward(result, training))
+
+
+def _accuracy(task: Exact, answers: dict[str, str | None], kind: str | None = None) -> float:
+    return round(task.score(answers, kind)["accuracy"] / 100, 4)
 
 
 def _kept_for_backward(result: TrainResult, training: Path) -> int:

@@ -1,0 +1,66 @@
+"""Tables of an evaluation, for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+WIDTH = 80
+_NAME, _CELL = 24, 7
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The headline metric, kinds by severities; then joint conditions, the groups of the task, and what was broken."""
+    conditions, headline = summary["conditions"], summary["headline"]
+    if not conditions:
+        return "no condition is whole yet"
+    means = summary["means"]
+    lines = [f"{headline.replace('_', ' '):{_NAME}}" + _cells(["clean", "image", "text", "joint"])]
+    lines += [f"{'mean over conditions':{_NAME}}" + _cells([means.get(g) for g in ("clean", "image", "text", "joint")])]
+    for group, title in (("image", "image shifts"), ("text", "text shifts")):
+        grid = _grid(conditions, group, headline)
+        if grid:
+            severities = sorted({severity for row in grid.values() for severity in row}, key=lambda s: (len(s), s))
+            lines += ["", f"{title + ', severity':{_NAME}}" + _cells(severities)]
+            lines += [f"  {kind:{_NAME - 2}}" + _cells([row.get(s) for s in severities]) for kind, row in grid.items()]
+    joint = {name: each for name, each in conditions.items() if each["group"] == "joint"}
+    if joint:
+        lines += ["", "joint shifts"]
+        lines += [f"  {name:{_NAME + 20}}" + _cells([each["metrics"][headline]]) for name, each in joint.items()]
+    lines += _groups(conditions, headline)
+    if broken := summary["broken"]:
+        first = next(iter(broken.values()))
+        lines += ["", f"{len(broken)} samples have broken images and do not count; the first: {first}"]
+    return "\n".join(lines)
+
+
+def _grid(conditions: Mapping[str, Any], group: str, headline: str) -> dict[str, dict[str, float]]:
+    """By kind and severity."""
+    grid: dict[str, dict[str, float]] = {}
+    for name, each in conditions.items():
+        if each["group"] == group:
+            kind, _, severity = name.partition(":")
+            grid.setdefault(kind, {})[severity] = each["metrics"][headline]
+    return grid
+
+
+def _groups(conditions: Mapping[str, Any], headline: str) -> list[str]:
+    """The clean metrics, over all and by the task's groups."""
+    clean = conditions.get("clean")
+    if clean is None:
+        return []
+    names = list(clean["metrics"])[:7]
+    lines = ["", f"{'clean':{_NAME}}" + _cells([name.replace("_", " ")[:_CELL + 1] for name in names])]
+    for group, metrics in {"all": clean["metrics"], **clean["groups"]}.items():
+        lines.append(f"  {group[:_NAME - 2]:{_NAME - 2}}" + _cells([metrics.get(name) for name in names]))
+    return lines
+
+
+def _cells(values: list[Any]) -> str:
+    return "".join(f" {_cell(value):>{_CELL}}" for value in values)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else "-" if value != value else f"{value:.1f}"
