@@ -18,7 +18,7 @@ $(VENV)/installed: $(SOURCES)
 	@echo "Setting up $(VENV): a few minutes the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,eval,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,eval,judge,test]'
 	$(BIN)/python -m vittle_kernels
 	touch $@
 

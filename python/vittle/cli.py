@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from vittle.methods.bottleneck import ALPHA_SCHEDULES, BottleneckConfig
 
 _EXTRAS = {
     "vittle.train": "train", "vittle.demo": "eval", "vittle.labels": "train", "vittle.assemble": "train",
-    "vittle.evaluation": "eval", "vittle.compare": "eval",
+    "vittle.evaluation": "eval", "vittle.metrics.run": "eval", "vittle.tasks": "eval",
+    "vittle.shifts.translation": "eval", "vittle.endpoint": "judge", "vittle.report": "eval", "vittle.compare": "eval",
 }  # fmt: skip
 
 
@@ -115,11 +117,36 @@ def _assemble(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    evaluation = _application("vittle.evaluation")
+    evaluation, report = _application("vittle.evaluation"), _application("vittle.report")
     settings = vars(options) | {"shifts": tuple(options.shifts)}
     names = evaluation.EvaluateConfig.__dataclass_fields__
-    print(evaluation.table(evaluation.evaluate(evaluation.EvaluateConfig(**{name: settings[name] for name in names}))))
-    print(f"\nThe answers, the summary and the report, {evaluation.REPORT}, are in {options.output}.")
+    evaluation.evaluate(evaluation.EvaluateConfig(**{name: settings[name] for name in names}))
+    report.show(options.output)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    compare = _application("vittle.compare")
+    print(compare.table(compare.compare(options.runs, seed=options.seed)))
+
+
+def _emid(options: argparse.Namespace) -> None:
+    run = _application("vittle.metrics.run")
+    print(run.table(run.measure(
+        options.run_folder, options.image_encoder, options.text_encoder, club=options.club,
+        entropy_scale=options.entropy_scale, seed=options.seed,
+    )))  # fmt: skip
+    print(f"\nAll of it is in {Path(options.run_folder) / run.RESULT}.")
+
+
+def _translate(options: argparse.Namespace) -> None:
+    translation, tasks = _application("vittle.shifts.translation"), _application("vittle.tasks")
+    endpoint = _application("vittle.endpoint").Endpoint(options.url, options.translator)
+    with tempfile.TemporaryDirectory() as scenes:
+        task = tasks.load_task(options.task, options.data, options.images, Path(scenes))
+        texts = {sample.id: sample.question for sample in task.samples}
+        for language in options.languages:
+            translation.translate(texts, language, endpoint.complete, options.output)
+    print(f"{len(texts)} questions in {', '.join(options.languages)} are in {options.output}")
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -203,6 +230,39 @@ def _parser() -> argparse.ArgumentParser:
         description="Asks a model a task's questions, clean and under shifts of images and texts. The same command "
         "goes on with what the output folder holds; further --shifts are added to it.", formatter_class=formatter,
     ))  # fmt: skip
+
+    compare = commands.add_parser("compare", help="put evaluations beside each other, with confidence intervals",
+                                  description="Puts evaluations of one task beside each other; differences are from "
+                                  "the first, with paired bootstrap intervals.", formatter_class=formatter)  # fmt: skip
+    compare.set_defaults(run=_compare)
+    compare.add_argument("runs", nargs="+", metavar="DIR", help="output folders of vittle evaluate")
+    compare.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+
+    emid = commands.add_parser("emid", help="measure effective mutual information over an evaluation",
+                               description="EMI, EMID and its bound (arXiv 2502.00577) of every condition of an "
+                               "evaluation against the clean one.", formatter_class=formatter)  # fmt: skip
+    emid.set_defaults(run=_emid)
+    emid.add_argument("run_folder", metavar="DIR", help="output folder of vittle evaluate")
+    emid.add_argument(
+        "--image-encoder", default="openai/clip-vit-base-patch32", metavar="DIR|ID", help="as the paper's"
+    )
+    emid.add_argument("--text-encoder", default="FacebookAI/xlm-roberta-base", metavar="DIR|ID", help="as the paper's")
+    emid.add_argument("--club", metavar="FILE", help="weights, such as the released CLUB_global.pt (default: trained "
+                      "on the evaluation)")  # fmt: skip
+    emid.add_argument("--entropy-scale", type=float, metavar="H", help="of the full bound (default: all terms alike)")
+    emid.add_argument("--seed", type=int, default=0, help="of the CLUB that is trained")
+
+    translate = commands.add_parser("translate", help="have a task's questions translated, for --translations",
+                                    description="Has a task's questions translated by a language model; the same "
+                                    "command goes on where it stopped.", formatter_class=formatter)  # fmt: skip
+    translate.set_defaults(run=_translate)
+    translate.add_argument("--task", required=True, help="as vittle evaluate takes it")
+    translate.add_argument("--data", metavar="PATH", help="the task's file or folder")
+    translate.add_argument("--images", metavar="DIR", help="folder that image paths start from, if not the data's")
+    translate.add_argument("--languages", nargs="+", required=True, metavar="LANGUAGE", help="such as German Korean")
+    translate.add_argument("--url", required=True, help="OpenAI-compatible endpoint; its key: OPENAI_API_KEY")
+    translate.add_argument("--translator", required=True, metavar="NAME", help="the model's name there")
+    translate.add_argument("--output", required=True, metavar="FILE", help="JSON lines of id, language, text")
 
     train = commands.add_parser("train", help="tune a vision-language model on LLaVA's data",
                                 description="Tunes a Hugging Face vision-language model on a file in LLaVA's JSON "

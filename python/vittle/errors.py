@@ -21,3 +21,10 @@ def shown(value: object) -> str:
     """A JSON value as a message shows it: short and on one line."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def must_be_at_least(**values: tuple[int, int]) -> None:
+    """Refuses arguments, (value, least) by their names, that are no integers or too small."""
+    for name, (value, least) in values.items():
+        if not isinstance(value, int) or value < least:
+            raise UserError(f"{name} is {value!r}; must be an integer of at least {least}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -66,8 +67,7 @@ def ask(
         asking: the settings; the defaults if None.
     """
     asking = asking or Asking()
-    inputs = _Inputs(processor, batches, condition, asking)
-    for answers, tensors in DataLoader(inputs, batch_size=None, num_workers=asking.workers):
+    for answers, tensors in inputs(processor, batches, condition, asking):
         texts: Iterator[str] = iter(())
         if tensors is not None:
             tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
@@ -78,13 +78,20 @@ def ask(
         yield [each if each.error else Answer(each.id, each.question, next(texts).strip()) for each in answers]
 
 
+def inputs(
+    processor: Any, batches: Sequence[Sequence[Sample]], condition: Condition, asking: Asking
+) -> Iterator[tuple[list[Answer], dict[str, Tensor] | None]]:
+    """Each batch as the model takes it (None, if no image of it can be decoded), after the answers without texts."""
+    yield from DataLoader(_Inputs(processor, batches, condition, asking), batch_size=None, num_workers=asking.workers)
+
+
 def progress_bar(total: int, description: str) -> tqdm[Any]:
     """Over answers; it fits 80 columns."""
     return tqdm(total=total, desc=description, unit="answer", ncols=80, leave=False)
 
 
 class _Inputs(Dataset[tuple[list[Answer], Any]]):
-    """Each batch as the model takes it, beside the answers without their texts."""
+    """Of :func:`inputs`, an item a batch."""
 
     def __init__(
         self, processor: Any, batches: Sequence[Sequence[Sample]], condition: Condition, asking: Asking
@@ -97,9 +104,7 @@ class _Inputs(Dataset[tuple[list[Answer], Any]]):
     def __getitem__(self, index: int) -> tuple[list[Answer], Any]:
         answers, texts, images = [], [], []
         for sample in self.batches[index]:
-            question = self.condition.question(
-                sample.question, sample.id, self.asking.seed, self.asking.translator
-            )
+            question = self.condition.question(sample.question, sample.id, self.asking.seed, self.asking.translator)
             try:
                 shown = self._images(sample)
             except UserError as error:

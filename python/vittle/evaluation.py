@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from vittle.errors import UserError, shown
 from vittle.evaluate import Answer, Asking, ask, batches, progress_bar
 from vittle.judge import Verdict, judge
 from vittle.methods.saving import write_json
-from vittle.models import fingerprint, load_processor, load_tuned
-from vittle.shifts import Condition, parse_conditions
+from vittle.metrics.layers import layer_jsd, layer_states
+from vittle.models import fingerprint, load_processor, load_tuned, quiet
+from vittle.shifts import CLEAN, Condition, parse_conditions
 from vittle.shifts.translation import Translations
-from vittle.tables import table
 from vittle.tasks import Sample, Task, load_task
 
-SETTINGS, SUMMARY, REPORT = "evaluation.json", "summary.json", "report.html"
+SETTINGS, SUMMARY, LAYERS = "evaluation.json", "summary.json", "layer_jsd.json"
 ANSWERS, VERDICTS, SCENES = "answers", "verdicts", "scenes"
 """Folders in the output: files by condition, and the digit scenes where they are the task."""
 
@@ -77,7 +78,7 @@ class Evaluation:
             UserError: they are of other samples.
         """
         path = self._file(ANSWERS, condition)
-        found = []
+        found: list[Answer] = []
         for place, record in _lines(path):
             expected = self.samples[len(found)].id if len(found) < len(self.samples) else None
             if record.get("id") != expected:
@@ -139,9 +140,13 @@ class Evaluation:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
 
+    def layers(self) -> dict[str, dict[str, list[float]]]:
+        """The representation JSD after each layer, by condition and modality, where it was measured."""
+        return _read_json(self.folder / LAYERS) if (self.folder / LAYERS).exists() else {}
+
     def summary(self) -> dict[str, Any]:
         """The metrics under every condition whose answers, and verdicts if it is judged, are all there."""
-        conditions, broken = {}, dict[str, str]()
+        conditions, broken = dict[str, dict[str, Any]](), dict[str, str]()
         for condition in self.conditions:
             if not self.is_answered(condition):
                 continue
@@ -165,6 +170,7 @@ class Evaluation:
             "headline": headline,
             "means": {group: sum(values) / len(values) for group, values in means.items() if values},
             "conditions": conditions,
+            "layer_jsd": self.layers(),
             "broken": broken,
         }
 
@@ -198,9 +204,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     _ask(evaluation, config, asking)
     if evaluation.task.is_judged:
         _judge(evaluation, config)
-    summary = evaluation.summary()
     if config.layer_jsd:
-        pass
+        _measure_layers(evaluation, config, asking)
+    summary = evaluation.summary()
     write_json(evaluation.folder / SUMMARY, summary)
     return summary
 
@@ -218,6 +224,7 @@ def _begin(config: EvaluateConfig) -> tuple[Evaluation, Asking]:
     if task.is_judged and not (config.judge_url and config.judge_model):
         raise UserError(f"task {config.task} needs a judge: --judge-url and --judge-model")
     samples = task.samples[: config.limit]
+    _must_be_translated(samples, translations)
     asking = Asking(
         config.batch_size, config.max_new_tokens or task.max_new_tokens, config.seed, config.workers,
         translations.text if translations else None,
@@ -251,6 +258,18 @@ def _begin(config: EvaluateConfig) -> tuple[Evaluation, Asking]:
     return Evaluation(folder, settings, task, samples), asking
 
 
+def _must_be_translated(samples: Sequence[Sample], translations: Translations | None) -> None:
+    """Each question in each language, with its markers."""
+    for language in translations.languages if translations else ():
+        for sample in samples:
+            text = translations.text(sample.id, language) if translations else ""
+            if text.count(MARKER) != sample.question.count(MARKER):
+                raise UserError(
+                    f"{language} text of id {shown(sample.id)} has {text.count(MARKER)} {MARKER} marker(s); must have "
+                    f"{sample.question.count(MARKER)}, as the question"
+                )
+
+
 _NOT_COMPARED = ("model", "data", "images", "conditions")
 """Settings that others stand for, or that may grow."""
 
@@ -271,14 +290,38 @@ def _ask(evaluation: Evaluation, config: EvaluateConfig, asking: Asking) -> None
     todo = [each for each in evaluation.conditions if not evaluation.is_answered(each)]
     if not todo:
         return
-    on_gpu = torch.cuda.is_available()
-    model = load_tuned(config.model, torch.bfloat16 if on_gpu else torch.float32).to("cuda" if on_gpu else "cpu")
-    processor = load_processor(config.model)
+    model, processor = _load(config)
     with progress_bar(len(todo) * len(evaluation.samples), "answering") as bar:
         for condition in todo:
             bar.set_description(condition.name[:24])
             for count in evaluation.run(model, processor, condition, asking):
                 bar.update(count)
+
+
+def _load(config: EvaluateConfig) -> tuple[Any, Any]:
+    """The model on its device, bf16 on a GPU, and its processor."""
+    on_gpu = torch.cuda.is_available()
+    with quiet():
+        model = load_tuned(config.model, torch.bfloat16 if on_gpu else torch.float32)
+    return model.to("cuda" if on_gpu else "cpu"), load_processor(config.model)
+
+
+def _measure_layers(evaluation: Evaluation, config: EvaluateConfig, asking: Asking) -> None:
+    """Adds what is missing to the folder's divergences, a condition at a time."""
+    path, found = evaluation.folder / LAYERS, evaluation.layers()
+    todo = [each for each in evaluation.conditions if each != CLEAN and each.name not in found]
+    if not todo:
+        return
+    model, processor = _load(config)
+    with progress_bar((1 + len(todo)) * len(evaluation.samples), "states of layers") as bar:
+        clean, *shifted = (
+            partial(layer_states, model, processor, evaluation.batches, each, asking, bar.update)
+            for each in (CLEAN, *todo)
+        )
+        states = clean()
+        for condition, measure in zip(todo, shifted, strict=True):
+            found[condition.name] = layer_jsd(states, measure())
+            write_json(path, found)
 
 
 def _judge(evaluation: Evaluation, config: EvaluateConfig) -> None:
@@ -302,14 +345,16 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / SETTINGS
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"{folder} holds no evaluation; vittle evaluate writes {SETTINGS} there")
+    return _read_json(folder / SETTINGS)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{folder} holds no evaluation: {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    return dict(settings)
 
 
 def _digest(samples: Sequence[Sample]) -> str:

@@ -53,7 +53,7 @@ def judge(question: str, context: str, reference: str, answer: str, complete: Ca
 
     `complete` gives an LLM's reply to a system and a user prompt.
     """
-    failures, replies, totals = 0, [], [0.0, 0.0]
+    failures, replies, model, expected = 0, list[str](), 0.0, 0.0
     for is_swapped in (False, True):
         first, second = (answer, reference) if is_swapped else (reference, answer)
         prompt = PROMPT.format(context=context, question=question, first=first, second=second)
@@ -65,9 +65,9 @@ def judge(question: str, context: str, reference: str, answer: str, complete: Ca
         else:
             return Verdict(None, None, failures, reply)
         of_reference, of_model = reversed(scores) if is_swapped else scores
-        totals = [totals[0] + of_model / 2, totals[1] + of_reference / 2]
+        model, expected = model + of_model / 2, expected + of_reference / 2
         replies.append(reply)
-    return Verdict(*totals, failures, replies[0])
+    return Verdict(model, expected, failures, replies[0])
 
 
 def parse(reply: str) -> tuple[float, float] | None:

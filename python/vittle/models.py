@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from vittle.errors import UserError
 from vittle.methods import saving
@@ -37,13 +40,10 @@ def load_tuned(path: str, dtype: torch.dtype = torch.float32) -> Any:
         UserError: there is no such model, or its adapters or its bottleneck do not fit.
     """
     folder = Path(path)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        model = load_model(path, dtype)
-    else:
-        model = _with_adapters(folder, dtype)
+    has_adapters = (folder / ADAPTER_CONFIG).is_file()
+    model = _with_adapters(folder, dtype) if has_adapters else load_model(path, dtype)
     if (folder / saving.CONFIG).is_file():
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        load_bottleneck(base, folder)
+        load_bottleneck(model, folder)
     return model.eval()
 
 
@@ -109,3 +109,17 @@ def load_processor(path: str) -> Any:
 def _no_model(path: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
     return UserError(f"model is {path!r}; must be a folder or Hub id of a vision-language model: {reason}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers says of files: a model's loading and writing, in the middle of the table."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -18,11 +18,11 @@ def table(summary: Mapping[str, Any]) -> str:
     lines = [f"{headline.replace('_', ' '):{_NAME}}" + _cells(["clean", "image", "text", "joint"])]
     lines += [f"{'mean over conditions':{_NAME}}" + _cells([means.get(g) for g in ("clean", "image", "text", "joint")])]
     for group, title in (("image", "image shifts"), ("text", "text shifts")):
-        grid = _grid(conditions, group, headline)
-        if grid:
-            severities = sorted({severity for row in grid.values() for severity in row}, key=lambda s: (len(s), s))
+        rows = grid(summary, group)
+        if rows:
+            severities = sorted({severity for row in rows.values() for severity in row})
             lines += ["", f"{title + ', severity':{_NAME}}" + _cells(severities)]
-            lines += [f"  {kind:{_NAME - 2}}" + _cells([row.get(s) for s in severities]) for kind, row in grid.items()]
+            lines += [f"  {kind:{_NAME - 2}}" + _cells([row.get(s) for s in severities]) for kind, row in rows.items()]
     joint = {name: each for name, each in conditions.items() if each["group"] == "joint"}
     if joint:
         lines += ["", "joint shifts"]
@@ -34,14 +34,14 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _grid(conditions: Mapping[str, Any], group: str, headline: str) -> dict[str, dict[str, float]]:
-    """By kind and severity."""
-    grid: dict[str, dict[str, float]] = {}
-    for name, each in conditions.items():
+def grid(summary: Mapping[str, Any], group: str) -> dict[str, dict[str, float]]:
+    """The headline metric of a group of conditions by kind and severity (or language)."""
+    found: dict[str, dict[str, float]] = {}
+    for name, each in summary["conditions"].items():
         if each["group"] == group:
             kind, _, severity = name.partition(":")
-            grid.setdefault(kind, {})[severity] = each["metrics"][headline]
-    return grid
+            found.setdefault(kind, {})[severity] = each["metrics"][summary["headline"]]
+    return {kind: dict(sorted(row.items())) for kind, row in found.items()}
 
 
 def _groups(conditions: Mapping[str, Any], headline: str) -> list[str]:
@@ -50,9 +50,9 @@ def _groups(conditions: Mapping[str, Any], headline: str) -> list[str]:
     if clean is None:
         return []
     names = list(clean["metrics"])[:7]
-    lines = ["", f"{'clean':{_NAME}}" + _cells([name.replace("_", " ")[:_CELL + 1] for name in names])]
+    lines = ["", f"{'clean':{_NAME}}" + _cells([name.replace("_", " ")[: _CELL + 1] for name in names])]
     for group, metrics in {"all": clean["metrics"], **clean["groups"]}.items():
-        lines.append(f"  {group[:_NAME - 2]:{_NAME - 2}}" + _cells([metrics.get(name) for name in names]))
+        lines.append(f"  {group[: _NAME - 2]:{_NAME - 2}}" + _cells([metrics.get(name) for name in names]))
     return lines
 
 

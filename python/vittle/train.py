@@ -31,8 +31,8 @@ from vittle.methods.bottleneck import (
 )
 from vittle.methods.instruct import Loss, TaskTemplates
 from vittle.methods.saving import PREFIX
-from vittle.models import load_model, load_processor
-from vittle.trainer import AlphaCallback, BottleneckTrainer, quiet
+from vittle.models import load_model, load_processor, quiet
+from vittle.trainer import AlphaCallback, BottleneckTrainer
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
 
 from vittle import checkpoints
 from vittle.data import LlavaDataset, ModalityLengthSampler
@@ -28,6 +26,7 @@ from vittle.errors import UserError
 from vittle.methods.bottleneck import AlphaSchedule, attachment_of
 from vittle.methods.peft import base_model
 from vittle.methods.saving import PREFIX
+from vittle.models import quiet
 from vittle.monitor import Monitor
 
 
@@ -223,17 +222,3 @@ class BottleneckTrainer(Trainer):
         if "loss" in logs:
             logs |= self.monitor.window(lambda values: self.accelerator.reduce(values, "sum"))
         super().log(logs, *args, **kwargs)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what transformers says of files: a model's loading and writing, in the middle of the table."""
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

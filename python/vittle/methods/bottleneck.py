@@ -321,9 +321,9 @@ def _attach(outer: nn.Module, config: BottleneckConfig, *, backend: str, inferen
     model = peft.base_model(outer)
     if hasattr(model, "bottleneck"):
         raise UserError(f"{type(model).__name__} has a bottleneck already; detach_bottleneck(model) takes it off")
-    layers, hidden_size = _decoder(model)
-    vision_ids = _vision_ids(model)
-    config = _resolved(config, len(layers), bool(vision_ids))
+    layers, hidden_size = decoder_layers(model)
+    ids = vision_ids(model)
+    config = _resolved(config, len(layers), bool(ids))
     assert config.layer is not None
     if ranks.is_sharded(model):
         raise UserError(f"the {type(model).__name__} is sharded already; attach the bottleneck before fully_shard")
@@ -333,11 +333,11 @@ def _attach(outer: nn.Module, config: BottleneckConfig, *, backend: str, inferen
         raise UserError("the model's weights are offloaded; attach the bottleneck before accelerate offloads them")
     with device:
         module = FusedIB(
-            hidden_size, prior=config.prior, alpha=config.alpha, vision=bool(vision_ids),
+            hidden_size, prior=config.prior, alpha=config.alpha, vision=bool(ids),
             inference_only=inference_only, backend=backend,
         )  # fmt: skip
     ranks.share_weights(module, like=next(first.parameters()))
-    attachment = Attachment(model, config, module.train(model.training), vision_ids)
+    attachment = Attachment(model, config, module.train(model.training), ids)
     model.bottleneck = module
     model._attachment = attachment  # type: ignore[assignment]
     model.forward = attachment
@@ -375,7 +375,7 @@ def detach_bottleneck(model: nn.Module) -> None:
     model = attachment.model
     if ranks.is_sharded(model):
         raise UserError(f"the {type(model).__name__} is sharded; it keeps its bottleneck")
-    for layer in _decoder(model)[0]:
+    for layer in decoder_layers(model)[0]:
         layer.__dict__.pop("_bottleneck", None)
         layer.__class__ = type(layer).__mro__[1]
     del model.forward, model.bottleneck, model._attachment
@@ -472,7 +472,7 @@ def _resolved(config: BottleneckConfig, depth: int, has_vision: bool) -> Bottlen
     return config
 
 
-def _decoder(model: nn.Module) -> tuple[nn.ModuleList, int]:
+def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, int]:
     """The stack of decoder layers of the model's language model, and its hidden size."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder: Any = None if get_decoder is None else get_decoder()
@@ -482,7 +482,7 @@ def _decoder(model: nn.Module) -> tuple[nn.ModuleList, int]:
     return layers, decoder.config.hidden_size
 
 
-def _vision_ids(model: Any) -> list[int]:
+def vision_ids(model: Any) -> list[int]:
     """The ids that stand for pieces of images and videos; none for a model that reads text only."""
     config = model.config
     ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]

@@ -60,7 +60,9 @@ def _samples(data: Path, images: Path) -> Iterator[Sample]:
     for index in range(len(dataset)):
         record = dataset.record(index)
         if len(record.turns) != 2:
-            raise UserError(f"{data}: record {record.id!r} has {len(record.turns)} turns; must be a question, an answer")
+            raise UserError(
+                f"{data}: record {record.id!r} has {len(record.turns)} turns; must be a question, an answer"
+            )
         question, answer = record.turns
         yield Sample(str(record.id), question, record.images, answer, group=record.kind)
 

@@ -1,0 +1,83 @@
+"""How far a shift moves a model's own representations, layer by layer: what Vittle's bottleneck shrinks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vittle.evaluate import Asking, inputs
+from vittle.methods import peft
+from vittle.methods.bottleneck import decoder_layers, vision_ids
+from vittle.metrics.emi import representation_jsd
+from vittle.shifts import Condition
+from vittle.tasks import Sample
+
+States = dict[str, Tensor]
+"""By modality, vision and text: the mean state of each sample's tokens after each layer, (layers, samples, D), fp32."""
+
+
+def layer_states(
+    model: Any, processor: Any, batches: Sequence[Sequence[Sample]], condition: Condition, asking: Asking,
+    moved: Callable[[int], Any] = lambda samples: None,
+) -> States:  # fmt: skip
+    """The mean states of the questions' tokens, after the bottleneck where a layer ends in one; on the CPU.
+
+    Args:
+        model: in eval mode, with or without bottleneck and adapters.
+        processor: its processor.
+        batches: of samples; those without images have no vision states, those with broken ones neither.
+        condition: the shift.
+        asking: the settings of the evaluation.
+        moved: is told how many samples have gone through.
+    """
+    ids = torch.tensor(vision_ids(peft.base_model(model)), device=model.device)
+    found: dict[str, list[Tensor]] = {"vision": [], "text": []}
+    with torch.inference_mode(), _recorded(model) as states:
+        for answers, tensors in inputs(processor, batches, condition, asking):
+            if tensors is not None:
+                tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+                states.clear()
+                model(**tensors, use_cache=False)
+                vision = torch.isin(tensors["input_ids"], ids)
+                masks = {"vision": vision, "text": ~vision & tensors["attention_mask"].bool()}
+                for modality, mask in masks.items():
+                    if (mask.any(1)).all():
+                        found[modality].append(torch.stack([_mean(state, mask) for state in states]).float().cpu())
+            moved(len(answers))
+    return {modality: torch.cat(parts, 1) for modality, parts in found.items() if parts}
+
+
+def layer_jsd(clean: States, shifted: States) -> dict[str, list[float]]:
+    """The representation JSD of clean and shifted states after each layer, in nats, by modality."""
+    return {
+        modality: [representation_jsd(*pair) for pair in zip(clean[modality], shifted[modality], strict=True)]
+        for modality in clean
+        if modality in shifted
+    }
+
+
+@contextmanager
+def _recorded(model: Any) -> Iterator[list[Tensor]]:
+    """The states after each decoder layer, in order: what the next one, or the last norm, is given."""
+    layers, _ = decoder_layers(peft.base_model(model))
+    norm = peft.base_model(model).get_decoder().norm
+    states: list[Tensor] = []
+
+    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [each.register_forward_pre_hook(record, with_kwargs=True) for each in (*layers[1:], norm)]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    weights = mask.to(states.dtype).unsqueeze(-1)
+    return (states * weights).sum(1) / weights.sum(1)
