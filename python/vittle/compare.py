@@ -125,7 +125,7 @@ def _rows(conditions: Sequence[Condition]) -> dict[str, list[int]]:
     members = {group: [i for i, each in enumerate(conditions) if each.group == group] for group in GROUPS}
     shifted = [i for i, each in enumerate(conditions) if each.group != "clean"]
     means = {f"mean, {group}": which for group, which in members.items() if len(which) > 1}
-    if len(means) > 1:
+    if len(shifted) > max(map(len, means.values()), default=1):
         means["mean, all shifts"] = shifted
     return means | {each.name: [i] for i, each in enumerate(conditions)}
 
@@ -147,21 +147,19 @@ def _names(runs: Sequence[Evaluation]) -> tuple[str, ...]:
 
 def table(comparison: Comparison) -> str:
     """For a terminal: each run's metric, and below it the interval of its difference from the first run's."""
-    names = [name[-16:] for name in comparison.names]
-    title = comparison.headline.replace("_", " ")
-    lines = [f"{title:30}" + f"{names[0]:>10}" + "".join(f"{name:>19}" for name in names[1:])]
+    first, *others = (name[-14:] for name in comparison.names)
+    lines = [f"{comparison.headline.replace('_', ' '):28}{first:>14}" + "".join(f"{name:>18}" for name in others)]
     for row, (values, differences) in comparison.rows.items():
-        line = f"{row[:30]:30}{values[0]:>10.1f}"
-        for difference in differences:
-            mark = " " if difference.is_within_noise else "*"
-            line += f"{difference.value:+8.1f} ±{(difference.high - difference.low) / 2:5.1f}{mark}  ".rjust(19)
-        lines.append(line)
+        cells = (
+            f"{each.value:+.1f} ± {(each.high - each.low) / 2:.1f}{' ' if each.is_within_noise else '*'}"
+            for each in differences
+        )
+        lines.append(f"{row[:28]:28}{values[0]:>14.1f}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(
         [
             *lines,
             "",
-            f"Differences from {names[0]} ± half of the 95 % interval; paired bootstrap of {comparison.clusters} "
-            "clusters.",
-            "*: the interval leaves out zero; all other differences are within noise.",
+            f"Differences from {first}, ± half of their 95 % interval (paired bootstrap, {comparison.clusters}",
+            "clusters). *: the interval leaves out zero; all other differences are noise.",
         ]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import Any
 
 from vittle.errors import UserError
@@ -13,6 +14,9 @@ KEY = "OPENAI_API_KEY"
 
 TRIES = 6
 """Of one request; the waits between them double from half a second to 8 seconds, or are what the server asks for."""
+
+FIRST_WAIT = 0.5
+"""Seconds."""
 
 _PASSING = (408, 409, 429)
 """Statuses that may be others in a moment, as those from 500 on."""
@@ -47,13 +51,30 @@ class Endpoint:
             UserError: the endpoint refuses, cannot be reached, or fails at every try; the message leaves out the key.
         """
         messages: Any = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        for attempt in range(TRIES):
+            response = self._request(messages, max_tokens)
+            try:
+                return _content(response.parse())
+            except (
+                self._openai.APIResponseValidationError,
+                ValueError,
+                LookupError,
+                TypeError,
+                AttributeError,
+            ) as error:
+                nonsense = error
+            if attempt < TRIES - 1:
+                time.sleep(min(FIRST_WAIT * 2**attempt, 8))
+                with self._lock:
+                    self.retries += 1
+        raise self._failed(f"sent no chat completion in {TRIES} tries", nonsense)
+
+    def _request(self, messages: Any, max_tokens: int) -> Any:
+        """One response; openai's client tries again where it is refused or gets no answer."""
         try:
             response = self._client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, temperature=0, max_tokens=max_tokens
             )
-            with self._lock:
-                self.retries += response.retries_taken
-            return _content(response.parse())
         except self._openai.APIStatusError as error:
             tries = TRIES if error.status_code in _PASSING or error.status_code >= 500 else 1
             raise self._failed(f"answered {error.status_code} at try {tries}", error) from None
@@ -61,8 +82,9 @@ class Endpoint:
             raise self._failed(f"did not answer in time at try {TRIES}", error) from None
         except self._openai.APIConnectionError as error:
             raise self._failed(f"cannot be reached after {TRIES} tries", error) from None
-        except (self._openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise self._failed("sent what is no chat completion", error) from None
+        with self._lock:
+            self.retries += response.retries_taken
+        return response
 
     def _failed(self, what: str, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:200].replace(self._key, "***")

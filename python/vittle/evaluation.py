@@ -217,6 +217,9 @@ def _begin(config: EvaluateConfig) -> tuple[Evaluation, Asking]:
     for name in ("batch_size", "limit", "max_new_tokens"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"{name} is {value}; must be at least 1")
+    is_new = not (folder / SETTINGS).exists()
+    if is_new and folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {SCENES}):
+        raise UserError(f"output {folder} is not empty and holds no evaluation; name another folder")
     translations = Translations.read(config.translations) if config.translations else None
     languages = translations.languages if translations else []
     conditions = [each.name for each in parse_conditions(config.shifts, languages)]
@@ -244,12 +247,10 @@ def _begin(config: EvaluateConfig) -> tuple[Evaluation, Asking]:
         "judge_model": config.judge_model if task.is_judged else None,
         "conditions": conditions,
     }
-    if (folder / SETTINGS).exists():
+    if not is_new:
         earlier = _read_settings(folder)
         _must_be_the_same(folder, earlier, settings)
         settings["conditions"] = list(dict.fromkeys([*earlier["conditions"], *conditions]))
-    elif folder.exists() and any(path.name != SCENES for path in folder.iterdir()):
-        raise UserError(f"output {folder} is not empty and holds no evaluation; name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, settings)
@@ -341,7 +342,7 @@ def _record(answer: Answer, sample: Sample) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    return read_lines(path) if path.exists() else iter(())
+    return read_lines(path, may_be_cut=True) if path.exists() else iter(())
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

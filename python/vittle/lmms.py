@@ -60,8 +60,7 @@ class Vittle(lmms):  # type: ignore[misc]
         self.batch_size = _positive(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        alone = device is not None and self._world_size == 1
-        self.device = torch.device(device) if alone else self.accelerator.device
+        self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model = load_tuned(pretrained, dtype).to(self.device)
         self.processor = load_processor(pretrained)
@@ -94,14 +93,12 @@ class Vittle(lmms):  # type: ignore[misc]
         shown = visuals(self.task_dict[task][split][doc]) or []
         for each in shown:
             if not isinstance(each, Image.Image):
-                kind = type(each).__name__
-                raise UserError(
-                    f"task {task} shows a {kind}; must show images, the vittle model takes no video or audio"
-                )
+                found = type(each).__name__
+                raise UserError(f"task {task} shows a {found}; must show images, neither video nor audio")
         images = self.condition.images([image.convert("RGB") for image in shown], id, self.seed)
+        if context.count(MARKER) != len(images):
+            context = f"{MARKER * len(images)}\n{context.replace(MARKER, '')}"
         question = self.condition.question(context, id, self.seed)
-        if question.count(MARKER) != len(images):
-            question = MARKER * len(images) + question.replace(MARKER, "")
         messages = [{"role": "user", "content": parts(question)}]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         return _Asked(number, prompt, images, settings)
@@ -149,12 +146,7 @@ def _generation(asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in asked.items() if value is not None}
     samples = bool(given.get("do_sample", given.get("temperature"))) and given.get("temperature") != 0
-    names = [
-        "max_new_tokens",
-        "num_beams",
-        "repetition_penalty",
-        *(("temperature", "top_p", "top_k") if samples else ()),
-    ]
+    names = ("max_new_tokens", "num_beams", "repetition_penalty") + ("temperature", "top_p", "top_k") * samples
     settings = {name: given[name] for name in names if name in given}
     return {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": samples} | settings
 

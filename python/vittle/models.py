@@ -83,6 +83,8 @@ def fingerprint(path: str) -> str:
             return str(AutoConfig.from_pretrained(path)._commit_hash)
         except (OSError, ValueError) as error:
             raise _no_model(path, error) from error
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        raise _no_model(path, FileNotFoundError("it has no config.json"))
     digest = hashlib.sha256()
     names = ("config.json", ADAPTER_CONFIG, saving.CONFIG)
     for file in sorted([*folder.glob("*.safetensors"), *(folder / name for name in names)]):

@@ -30,7 +30,7 @@ def table(summary: Mapping[str, Any]) -> str:
     lines += _groups(conditions, headline)
     if broken := summary["broken"]:
         first = next(iter(broken.values()))
-        lines += ["", f"{len(broken)} samples have broken images and do not count; the first: {first}"]
+        lines += ["", f"{len(broken)} samples have broken images and do not count. The first:", first]
     return "\n".join(lines)
 
 

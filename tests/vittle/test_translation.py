@@ -97,7 +97,7 @@ def test_refuses_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl cannot be read: No such file"):
         Translations.read(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"id": 1, "language": "German", "text": "schön"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.jsonl cannot be read: 'utf-8' codec"):
+    with pytest.raises(UserError, match=r"latin\.jsonl, line 1 is not UTF-8"):
         Translations.read(tmp_path / "latin.jsonl")
     with pytest.raises(UserError, match="cannot be written: Is a directory"):
         translate(PROMPTS, "German", Model(), tmp_path)

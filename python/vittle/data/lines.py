@@ -16,18 +16,22 @@ from vittle.errors import UserError, shown
 Record = dict[str, Any]
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, Record]]:
+def read_lines(path: Path, *, may_be_cut: bool = False) -> Iterator[tuple[str, Record]]:
     """Each record after its place, such as `questions.jsonl, line 3`.
+
+    Args:
+        path: the file, in UTF-8.
+        may_be_cut: whether a last line without its end, such as a killed writer leaves, is passed over.
 
     Raises:
         UserError: the file cannot be read, or a line is no JSON object.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
+                if line.strip() and not (may_be_cut and not line.endswith(b"\n")):
                     yield f"{path}, line {number}", _object(line, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise _unreadable(path, error) from error
 
 
@@ -121,9 +125,11 @@ class LineWriter:
         return UserError(f"{self.path} cannot be written: {error.strerror}; what was written is whole")
 
 
-def _object(line: str, place: str) -> Record:
+def _object(line: bytes, place: str) -> Record:
     try:
         record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
     except ValueError as error:
         raise UserError(f"{place} is not JSON: {error}") from error
     if not isinstance(record, dict):

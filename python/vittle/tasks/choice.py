@@ -14,7 +14,7 @@ from vittle.errors import UserError, shown
 from vittle.tasks.task import Counts, Sample, Task, Values, share, with_images
 
 SUFFIX = "Answer with the option's letter from the given choices directly."
-_LETTER = re.compile(r"\s*\(?([A-Z])(?:[).:,]|\s|$)")
+_LETTER = re.compile(r"\s*\(?([A-Z])(?:[).:,]|\s*$)")
 _SAID = re.compile(r"\banswer(?: is|:)\s*\(?([A-Z])(?:[).:,]|\s|$)", re.IGNORECASE)
 
 
