@@ -64,12 +64,9 @@ class Evaluation:
     def __init__(self, folder: Path, settings: Mapping[str, Any], task: Task, samples: Sequence[Sample]) -> None:
         self.folder, self.settings, self.task = folder, settings, task
         self.batches = batches(samples, settings["batch_size"])
-        self.conditions = parse_conditions(settings["conditions"], settings["languages"])
-
-    @property
-    def samples(self) -> list[Sample]:
+        self.samples = [sample for batch in self.batches for sample in batch]
         """In the order in which they are asked."""
-        return [sample for batch in self.batches for sample in batch]
+        self.conditions = parse_conditions(settings["conditions"], settings["languages"])
 
     def answers(self, condition: Condition) -> list[Answer]:
         """Those that are there, in the order in which they are asked.

@@ -51,12 +51,13 @@ class Vittle(lmms):  # type: ignore[misc]
         batch_size: int | str = 1,
         device: str | None = None,
     ) -> None:
+        # Not above: lmms-eval loads this file whichever model it runs.
         from accelerate import Accelerator
 
         from vittle.models import load_processor, load_tuned
 
         super().__init__()
-        self.condition, self.seed = _condition(shifts), seed
+        self.condition, self.seed = _condition(str(shifts)), seed
         self.batch_size = _positive(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -165,7 +166,7 @@ def _until(text: str, asked: Mapping[str, Any]) -> str:
 
 def _condition(shifts: str) -> Condition:
     if TRANSLATION in shifts:
-        raise UserError(f"shifts is {shifts!r}; translations are of a file's texts, lmms-eval has its own")
+        raise UserError(f"shifts is {shifts!r}; must be no translation: none are at hand for the texts of lmms-eval")
     found = parse_conditions([shifts])
     if len(found) > 2:
         raise UserError(f"shifts is {shifts!r}; must be one condition, such as frost:3 or frost:3+keyboard:2")

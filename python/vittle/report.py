@@ -184,7 +184,7 @@ def _examples(evaluation: Evaluation, summary: Mapping[str, Any]) -> Iterator[di
     def worth(condition: Condition, sample: Sample) -> float:
         if sample.id not in scored[condition]:
             return 0.0
-        return evaluation.task.score({sample.id: scored[condition][sample.id]})[evaluation.task.headline]
+        return evaluation.task.worth(sample, scored[condition][sample.id])
 
     def loss(sample: Sample) -> float:
         first = conditions[0]

@@ -295,9 +295,9 @@ class TestJudged:
     def test_goes_on_after_the_endpoint_failed(self, bench: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("vittle.evaluation.JUDGES", 1)
         replies = iter(["8 4"] * 5)
-        with serving(lambda message, times: next(replies, 401)) as server:
-            with pytest.raises(UserError, match="answered 401"):
-                evaluate(replace(bench, judge_url=server.url))
+        failing = serving(lambda message, times: next(replies, 401))
+        with failing as server, pytest.raises(UserError, match="answered 401"):
+            evaluate(replace(bench, judge_url=server.url))
         assert len(contents(bench.output)["clean.jsonl"].splitlines()) == 2
         with serving(lambda message, times: "8 4") as server:
             summary = evaluate(replace(bench, judge_url=server.url))
@@ -314,5 +314,5 @@ def test_an_evaluation_is_opened_with_its_task(config: EvaluateConfig) -> None:
     evaluate(replace(config, limit=4, shifts=()))
     opened = open_evaluation(config.output)
     assert [sample.id for sample in opened.samples] == [each.id for each in opened.answers(opened.conditions[0])]
-    with pytest.raises(UserError, match="holds no evaluation; vittle evaluate writes evaluation.json there"):
+    with pytest.raises(UserError, match="holds no evaluation; vittle evaluate writes"):
         open_evaluation(Path(config.output) / "answers")

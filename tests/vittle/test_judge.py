@@ -94,7 +94,7 @@ def test_nonsense(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_endpoint_that_is_slow_or_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vittle.endpoint.TRIES", 2)
     release = threading.Event()
-    with serving(lambda message, times: "late" if release.wait(5) else "late") as server:
+    with serving(lambda message, times: f"late {release.wait(5)}") as server:
         with pytest.raises(UserError, match="did not answer in time at try 2"):
             Endpoint(server.url, "m", timeout=0.1).complete("s", "u")
         release.set()

@@ -72,8 +72,9 @@ def embed_texts(
 ) -> Tensor:
     """The mean over a text's tokens before the encoder's first layer, L2-normalised: (texts, d), fp32, on the CPU.
 
-    That is ``hidden_states[0]``, the output of the embedding layer, which knows no context. Padding is left out, and
-    so is the first token, which begins every text. The paper's encoder is xlm-roberta-base, of width 768.
+    That is ``hidden_states[0]``, the output of the embedding layer, which knows no context. Padding is left out, and so
+    is the special token that begins every text, where the tokenizer writes one; an empty text is the token that ends
+    one. The paper's encoder is xlm-roberta-base, of width 768.
 
     Args:
         texts: each is cut after 512 tokens, or after as many as the encoder takes.
@@ -95,16 +96,17 @@ def embed_texts(
 
     def embed(batch: Sequence[str]) -> Tensor:
         tokens = tokenizer(
-            batch, padding=True, padding_side="right", truncation=True, max_length=longest,
-            return_attention_mask=True, return_tensors="pt",
+            [text or tokenizer.eos_token or "" for text in batch], padding=True, padding_side="right",
+            truncation=True, max_length=longest, return_attention_mask=True, return_tensors="pt",
         ).to(model.device)  # fmt: skip
         ids, attention = tokens["input_ids"], tokens["attention_mask"]
         states = tower(input_ids=ids, attention_mask=attention, output_hidden_states=True).hidden_states[0]
-        kept = attention[:, 1:, None].to(states)
+        first = int(ids[0, 0].item() in (tokenizer.bos_token_id, tokenizer.cls_token_id))
+        kept = attention[:, first:, None].to(states)
         if bool((counts := kept.sum(1)).eq(0).any()):
             text = batch[int(counts.argmin())]
-            raise UserError(f"texts has {text!r}, of one token or none; must have one besides the first, not counted")
-        return (states[:, 1:] * kept).sum(1) / counts
+            raise UserError(f"texts has {text!r}, of no token; must have one, beside that which begins all texts")
+        return (states[:, first:] * kept).sum(1) / counts
 
     return _embed(texts, embed, batch_size, "text", progress)
 

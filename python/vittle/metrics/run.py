@@ -15,7 +15,7 @@ from vittle.evaluate import progress_bar
 from vittle.evaluation import Evaluation, open_evaluation
 from vittle.methods.saving import write_json
 from vittle.metrics.embeddings import embed_images, embed_texts, read_embeddings, write_embeddings
-from vittle.metrics.emi import CLUB, Embeddings, emid_report, load_club
+from vittle.metrics.emi import CLUB, Embeddings, emid_report, load_club, save_club
 from vittle.shifts import CLEAN, Condition
 
 RESULT = "emid.json"
@@ -45,20 +45,34 @@ def measure(
     Raises:
         UserError: the folder holds no evaluation with clean answers, or an encoder or the file cannot be used.
     """
+    embedded, path = _embedded(folder, image_encoder, text_encoder), Path(folder) / RESULT
+    trained = load_club(club) if club is not None else _fit(list(embedded.values()), seed)
+    found = {
+        condition.name: emid_report(trained, embedded[CLEAN], shifted, entropy_scale=entropy_scale)
+        for condition, shifted in embedded.items()
+        if condition != CLEAN
+    }
+    write_json(path, found)
+    return found
+
+
+def train_club(folder: str | Path, image_encoder: str, text_encoder: str, path: str | Path, *, seed: int = 0) -> None:
+    """Trains a CLUB on an evaluation's pairs, and writes it, so that it can measure others.
+
+    Raises:
+        UserError: as :func:`measure`.
+    """
+    save_club(_fit(list(_embedded(folder, image_encoder, text_encoder).values()), seed), path)
+
+
+def _embedded(folder: str | Path, image_encoder: str, text_encoder: str) -> dict[Condition, Embeddings]:
+    """Of every condition whose answers are all there."""
     evaluation = open_evaluation(folder)
     conditions = [each for each in evaluation.conditions if evaluation.is_answered(each)]
     if CLEAN not in conditions or len(conditions) < 2:
         raise UserError(f"{folder} must hold all answers to the clean questions and to shifted ones")
     ids = _answered_everywhere(evaluation, conditions)
-    embedded = {each: _embeddings(evaluation, each, ids, image_encoder, text_encoder) for each in conditions}
-    trained = load_club(club) if club is not None else _fit(list(embedded.values()), seed)
-    found = {
-        each.name: emid_report(trained, embedded[CLEAN], embedded[each], entropy_scale=entropy_scale)
-        for each in conditions
-        if each != CLEAN
-    }
-    write_json(evaluation.folder / RESULT, found)
-    return found
+    return {each: _embeddings(evaluation, each, ids, image_encoder, text_encoder) for each in conditions}
 
 
 def _answered_everywhere(evaluation: Evaluation, conditions: list[Condition]) -> list[str]:

@@ -91,11 +91,18 @@ class Task(ABC):
                 members.setdefault(sample.cluster or sample.id, []).append(self.count(sample, answers[sample.id]))
         return {name: self.combine(counts) for name, counts in members.items()}
 
+    def worth(self, sample: Sample, answer: Any) -> float:
+        """The headline metric of one answer by itself."""
+        totals = self.combine([self.count(sample, answer)])
+        return float(self._values(totals)[self.headline])
+
     def score(self, answers: Mapping[str, Any], group: str | None = None) -> dict[str, float]:
         """The metrics over the samples that have an answer."""
-        totals = add(self.clusters(answers, group).values())
-        values = self.metrics(Totals({name: np.asarray(value, dtype=np.float64) for name, value in totals.items()}))
+        values = self._values(add(self.clusters(answers, group).values()))
         return {name: float(value) for name, value in values.items()}
+
+    def _values(self, totals: Counts) -> dict[str, Values]:
+        return self.metrics(Totals({name: np.asarray(value, dtype=np.float64) for name, value in totals.items()}))
 
 
 class Totals(dict[str, Values]):
