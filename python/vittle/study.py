@@ -197,8 +197,8 @@ def page(found: Mapping[str, Any]) -> str:
         "",
         "## Against plain tuning",
         "",
-        "Mean gain over the plain run of the same seed; in brackets the p of a paired t-test, starred below 0.05. Chance "
-        f"alone gives one star in twenty: here there are {(len(METHODS) - 1) * len(MEASURES)} tests.",
+        "Mean gain over the plain run of the same seed; in brackets the p of a paired t-test, starred below 0.05. "
+        f"Chance alone gives one star in twenty: here there are {(len(METHODS) - 1) * len(MEASURES)} tests.",
         "",
         "| method | " + " | ".join(MEASURES.values()) + " |",
         "|---" * (len(MEASURES) + 1) + "|",

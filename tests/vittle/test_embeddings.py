@@ -161,13 +161,18 @@ def test_refuses_inputs(tmp_path: Path) -> None:
     assert refusal(lambda: embed_texts(["red"], tmp_path / "empty")).startswith(f"{wrong}a text encoder: ")
 
 
-def test_refuses_a_text_of_one_token(tmp_path: Path) -> None:
-    saved(clip(), tmp_path)
+def test_a_tokenizer_without_special_tokens(tmp_path: Path) -> None:
+    model = saved(clip(), tmp_path)
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     hf.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
-    assert embed_texts(["red square"], tmp_path).shape == (1, 24)
-    assert refusal(lambda: embed_texts(["red square", "red"], tmp_path)).startswith("texts has 'red', of one token")
+    found = embed_texts(["red square", "red", "", "</s>"], tmp_path)  # no special token begins a text: all count
+    with torch.no_grad():
+        one = unit(model.text_model.embeddings(input_ids=torch.tensor([[WORDS.index("red")]]))[0, 0])
+    torch.testing.assert_close(found[1], one, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found[2], found[3])
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(tmp_path)
+    assert refusal(lambda: embed_texts(["red", ""], tmp_path)).startswith("texts has '', of no token")
 
 
 class TestFiles:

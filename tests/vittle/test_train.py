@@ -130,7 +130,7 @@ def test_a_missing_extra_is_named() -> None:
     code = "import sys; sys.modules['transformers'] = None; from vittle.cli import main; sys.exit(main(['demo']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert result.stderr == "vittle: transformers is not installed: pip install 'vittle-kernels[train]'\n"
+    assert result.stderr == "vittle: transformers is not installed: pip install 'vittle-kernels[eval]'\n"
 
 
 def test_the_plain_pytorch_loop(small: Path, data: Path, tmp_path: Path) -> None:

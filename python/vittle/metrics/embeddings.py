@@ -93,10 +93,11 @@ def embed_texts(
     tower = getattr(model, "text_model", model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     longest = min(MAX_TOKENS, tokenizer.model_max_length)
+    stand_in = "" if len(tokenizer("")["input_ids"]) > 1 else tokenizer.eos_token or ""
 
     def embed(batch: Sequence[str]) -> Tensor:
         tokens = tokenizer(
-            [text or tokenizer.eos_token or "" for text in batch], padding=True, padding_side="right",
+            [text or stand_in for text in batch], padding=True, padding_side="right",
             truncation=True, max_length=longest, return_attention_mask=True, return_tensors="pt",
         ).to(model.device)  # fmt: skip
         ids, attention = tokens["input_ids"], tokens["attention_mask"]
