@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -70,11 +70,8 @@ def ask(
     for answers, tensors in inputs(processor, batches, condition, asking):
         texts: Iterator[str] = iter(())
         if tensors is not None:
-            tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-            with torch.inference_mode():
-                ids = model.generate(**tensors, max_new_tokens=asking.max_new_tokens, do_sample=False)
-            written = ids[:, tensors["input_ids"].shape[1] :]
-            texts = iter(processor.batch_decode(written, skip_special_tokens=True))
+            settings = {"max_new_tokens": asking.max_new_tokens, "do_sample": False}
+            texts = iter(generate(model, processor, tensors, settings))
         yield [each if each.error else Answer(each.id, each.question, next(texts).strip()) for each in answers]
 
 
@@ -83,6 +80,30 @@ def inputs(
 ) -> Iterator[tuple[list[Answer], dict[str, Tensor] | None]]:
     """Each batch as the model takes it (None, if no image of it can be decoded), after the answers without texts."""
     yield from DataLoader(_Inputs(processor, batches, condition, asking), batch_size=None, num_workers=asking.workers)
+
+
+def prompt_of(processor: Any, question: str) -> str:
+    """A question, with its image markers, as the chat template writes it."""
+    messages = [{"role": "user", "content": parts(question)}]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def tensors_of(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+    """A batch of prompts and their images, all with images or all without, padded on the left."""
+    return dict(
+        processor(
+            text=list(prompts), images=images if any(images) else None, padding=True, padding_side="left",
+            return_tensors="pt",
+        )
+    )  # fmt: skip
+
+
+def generate(model: Any, processor: Any, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[str]:
+    """What the model writes after each prompt of a batch; the settings are those of its `generate`."""
+    tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    with torch.inference_mode():
+        ids = model.generate(**tensors, **settings)
+    return list(processor.batch_decode(ids[:, tensors["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def progress_bar(total: int, description: str) -> tqdm[Any]:
@@ -111,15 +132,9 @@ class _Inputs(Dataset[tuple[list[Answer], Any]]):
                 answers.append(Answer(sample.id, question, None, str(error)))
                 continue
             answers.append(Answer(sample.id, question, None))
-            messages = [{"role": "user", "content": parts(question)}]
-            texts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True))
+            texts.append(prompt_of(self.processor, question))
             images.append(shown)
-        if not texts:
-            return answers, None
-        tensors = self.processor(
-            text=texts, images=images if any(images) else None, padding=True, padding_side="left", return_tensors="pt"
-        )
-        return answers, dict(tensors)
+        return answers, tensors_of(self.processor, texts, images) if texts else None
 
     def _images(self, sample: Sample) -> list[Image.Image]:
         return self.condition.images(map(decode, sample.images), sample.id, self.asking.seed)

@@ -16,7 +16,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vittle.data.llava import MARKER, parts
+from vittle.data.llava import MARKER
 from vittle.errors import UserError
 from vittle.shifts import Condition, parse_conditions
 from vittle.shifts.condition import TRANSLATION
@@ -90,6 +90,8 @@ class Vittle(lmms):  # type: ignore[misc]
         task: str, split: str,
     ) -> _Asked:  # fmt: skip
         """A request of a benchmark as the model is asked it."""
+        from vittle.evaluate import prompt_of
+
         id = f"{task}\0{split}\0{doc}"
         shown = visuals(self.task_dict[task][split][doc]) or []
         for each in shown:
@@ -100,20 +102,15 @@ class Vittle(lmms):  # type: ignore[misc]
         if context.count(MARKER) != len(images):
             context = f"{MARKER * len(images)}\n{context.replace(MARKER, '')}"
         question = self.condition.question(context, id, self.seed)
-        messages = [{"role": "user", "content": parts(question)}]
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        return _Asked(number, prompt, images, settings)
+        return _Asked(number, prompt_of(self.processor, question), images, settings)
 
     def _answers(self, batch: Sequence[_Asked]) -> dict[int, str]:
         """By number; the settings are the same for all, and so is whether there are images."""
-        settings, images = batch[0].settings, [each.images for each in batch]
-        tensors = self.processor(
-            text=[each.prompt for each in batch], images=images if any(images) else None, padding=True,
-            padding_side="left", return_tensors="pt",
-        )  # fmt: skip
-        with torch.inference_mode():
-            ids = self.model.generate(**tensors.to(self.device), **_generation(settings))
-        texts = self.processor.batch_decode(ids[:, tensors["input_ids"].shape[1] :], skip_special_tokens=True)
+        from vittle.evaluate import generate, tensors_of
+
+        settings = batch[0].settings
+        tensors = tensors_of(self.processor, [each.prompt for each in batch], [each.images for each in batch])
+        texts = generate(self.model, self.processor, tensors, _generation(settings))
         return {each.number: _until(text, settings).strip() for each, text in zip(batch, texts, strict=True)}
 
 
