@@ -63,9 +63,12 @@ def compare(folders: Sequence[str | Path], *, seed: int = 0, resamples: int = RE
     runs = [open_evaluation(folder) for folder in folders]
     first = runs[0]
     for run in runs[1:]:
-        for setting in ("task", "samples_sha256", "seed", "max_new_tokens", "judge_model"):
-            if run.settings[setting] != first.settings[setting]:
-                told = "data" if setting == "samples_sha256" else setting
+        for setting in ("task", "samples_sha256", "seed", "max_new_tokens", "judge_model", "languages"):
+            here, there = (each.settings[setting] for each in (run, first))
+            if setting == "languages":  # only of those that both have
+                here, there = ({name: a[name] for name in a.keys() & b.keys()} for a, b in ((here, there), (there, here)))
+            if here != there:
+                told = {"samples_sha256": "data", "languages": "translations"}.get(setting, setting)
                 raise UserError(f"{run.folder} has another {told} than {first.folder}; only like can be compared")
     conditions = [each for each in first.conditions if all(_is_whole(run, each) for run in runs)]
     if not conditions:
@@ -98,7 +101,9 @@ class _Tables:
 
     def __init__(self, task: Task, scored: Sequence[Sequence[Mapping[str, Any]]]) -> None:
         self.task = task
-        common = set.intersection(*(set(each) for run in scored for each in run))
+        common = set.intersection(
+            *({id for id, answer in each.items() if task.is_scored(answer)} for run in scored for each in run)
+        )
         if not common:
             raise UserError("there is no sample that all evaluations have an answer to")
         counted = [[task.clusters({id: each[id] for id in common}) for each in run] for run in scored]
@@ -148,18 +153,19 @@ def _names(runs: Sequence[Evaluation]) -> tuple[str, ...]:
 def table(comparison: Comparison) -> str:
     """For a terminal: each run's metric, and below it the interval of its difference from the first run's."""
     first, *others = (name[-14:] for name in comparison.names)
-    lines = [f"{comparison.headline.replace('_', ' '):28}{first:>14}" + "".join(f"{name:>18}" for name in others)]
+    lines = [f"{comparison.headline.replace('_', ' '):22}{first:>14}" + "".join(f"{name:>22}" for name in others)]
     for row, (values, differences) in comparison.rows.items():
         cells = (
-            f"{each.value:+.1f} ± {(each.high - each.low) / 2:.1f}{' ' if each.is_within_noise else '*'}"
+            f"{each.value:+.1f} [{each.low:+.1f}, {each.high:+.1f}]{' ' if each.is_within_noise else '*'}"
             for each in differences
         )
-        lines.append(f"{row[:28]:28}{values[0]:>14.1f}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{row[:22]:22}{values[0]:>14.1f}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(
         [
             *lines,
             "",
-            f"Differences from {first}, ± half of their 95 % interval (paired bootstrap, {comparison.clusters}",
-            "clusters). *: the interval leaves out zero; all other differences are noise.",
+            f"Differences from {first} with their 95 % intervals: paired bootstrap, {comparison.clusters} clusters.",
+            "*: the interval leaves out zero; all other differences are within noise. Of",
+            "differences that are nothing but noise, one in twenty is starred.",
         ]
     )

@@ -36,7 +36,6 @@ class Answer:
 class Asking:
     """How questions are asked: what the answers depend on besides model, samples and condition."""
 
-    batch_size: int = 16
     max_new_tokens: int = 128
     seed: int = 0
     workers: int = 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,25 +15,24 @@ from typing import Any
 
 import torch
 
-from vittle.data.lines import LineWriter, read_lines
+from vittle.data.lines import LineWriter, id_of, read_lines, text_of
 from vittle.data.llava import MARKER
 from vittle.endpoint import Endpoint
-from vittle.errors import UserError, shown
+from vittle.errors import UserError, must_be_at_least, shown
 from vittle.evaluate import Answer, Asking, ask, batches, progress_bar
 from vittle.judge import Verdict, judge
+from vittle.locks import alone_in
 from vittle.methods.saving import write_json
 from vittle.metrics.layers import layer_jsd, layer_states
 from vittle.models import fingerprint, load_processor, load_tuned, quiet
-from vittle.shifts import CLEAN, Condition, parse_conditions
+from vittle.shifts import CLEAN, Condition, parse_conditions, text_shift
+from vittle.shifts.text import SYNONYM_SHIFTS
 from vittle.shifts.translation import Translations
 from vittle.tasks import Sample, Task, load_task
 
 SETTINGS, SUMMARY, LAYERS = "evaluation.json", "summary.json", "layer_jsd.json"
 ANSWERS, VERDICTS, SCENES = "answers", "verdicts", "scenes"
 """Folders in the output: files by condition, and the digit scenes where they are the task."""
-
-JUDGES = 8
-"""Requests to a judge at a time."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,16 @@ class Evaluation:
             expected = self.samples[len(found)].id if len(found) < len(self.samples) else None
             if record.get("id") != expected:
                 raise UserError(f"{place} answers {shown(record.get('id'))}; the task has {shown(expected)} there")
-            found.append(Answer(record["id"], record["question"], record.get("answer"), record.get("error", "")))
+            question, text, error = (record.get(name) for name in ("question", "answer", "error"))
+            if not isinstance(question, str) or not isinstance(text if error is None else error, str):
+                raise UserError(f"{place} is {shown(record)}; must have `question`, and `answer` or `error`, all texts")
+            found.append(Answer(record["id"], question, text, error or ""))
         return found
 
     def verdicts(self, condition: Condition) -> dict[str, Verdict]:
         """The judge's, by sample."""
         lines = _lines(self._file(VERDICTS, condition))
-        return {record.pop("id"): Verdict(**record) for _, record in lines}
+        return {id_of(record, "id", place): _verdict(record, place) for place, record in lines}
 
     def scored(self, condition: Condition) -> dict[str, Any]:
         """What the task counts, by sample: answers, or verdicts on them; samples without are left out."""
@@ -117,7 +118,10 @@ class Evaluation:
                 yield len(answers)
 
     def judge(self, condition: Condition, endpoint: Endpoint) -> Iterator[int]:
-        """Asks for the verdicts that are not there; yields how many came, those that were there first."""
+        """Asks for the verdicts that are not there; yields how many came, those that were there first.
+
+        The judge reads the question as it is in the task, not shifted: it is the model that is measured.
+        """
         with LineWriter(self._file(VERDICTS, condition)) as writer:
             done = self.verdicts(condition)
             todo = [each for each in self.answers(condition) if each.text is not None and each.id not in done]
@@ -125,17 +129,12 @@ class Evaluation:
 
             def verdict(answer: Answer) -> Verdict:
                 sample = self.task.by_id[answer.id]
-                question = answer.question.replace(MARKER, "").strip()
+                question = sample.question.replace(MARKER, "").strip()
                 return judge(question, sample.context, sample.reference, answer.text or "", endpoint.complete)
 
-            with ThreadPoolExecutor(JUDGES) as pool:
-                try:
-                    for answer, each in zip(todo, pool.map(verdict, todo), strict=True):
-                        writer.append([{"id": answer.id, **asdict(each)}])
-                        yield 1
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+            for answer, each in endpoint.each(verdict, todo):
+                writer.append([{"id": answer.id, **asdict(each)}])
+                yield 1
 
     def layers(self) -> dict[str, dict[str, list[float]]]:
         """The representation JSD after each layer, by condition and modality, where it was measured."""
@@ -145,18 +144,24 @@ class Evaluation:
         """The metrics under every condition whose answers, and verdicts if it is judged, are all there."""
         conditions, broken = dict[str, dict[str, Any]](), dict[str, str]()
         for condition in self.conditions:
-            if not self.is_answered(condition):
+            answers = self.answers(condition)
+            if len(answers) < len(self.samples):
                 continue
-            answers, scored = self.answers(condition), self.scored(condition)
             broken |= {each.id: each.error for each in answers if each.error}
+            scored: dict[str, Any] = {each.id: each.text for each in answers if each.text is not None}
+            if self.task.is_judged:
+                scored = dict(self.verdicts(condition))
             if not scored:
                 continue
+            groups = {self.task.by_id[id].group for id in scored}
             conditions[condition.name] = {
                 "group": condition.group,
                 "answered": sum(each.text is not None for each in answers),
                 "metrics": self.task.score(scored),
-                "groups": {group: self.task.score(scored, group) for group in self.task.groups},
+                "groups": {group: self.task.score(scored, group) for group in self.task.groups if group in groups},
             }
+            if self.task.is_judged:
+                conditions[condition.name]["judge_failures"] = sum(each.failures for each in scored.values())
         headline = self.task.headline
         means = {
             group: [each["metrics"][headline] for each in conditions.values() if each["group"] == group]
@@ -185,7 +190,7 @@ def open_evaluation(folder: str | Path) -> Evaluation:
     settings = _read_settings(folder)
     task = load_task(settings["task"], settings["data"], settings["images"], folder / SCENES)
     samples = task.samples[: settings["limit"]]
-    if _digest(samples) != settings["samples_sha256"]:
+    if digest(samples) != settings["samples_sha256"]:
         raise UserError(f"{folder} holds answers to other samples than {settings['data'] or settings['task']} has now")
     return Evaluation(folder, settings, task, samples)
 
@@ -197,63 +202,99 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UserError: a setting, the model, the task or the folder cannot be used, or a judge's endpoint fails; what is
             done is kept.
     """
-    evaluation, asking = _begin(config)
-    _ask(evaluation, config, asking)
-    if evaluation.task.is_judged:
-        _judge(evaluation, config)
-    if config.layer_jsd:
-        _measure_layers(evaluation, config, asking)
-    summary = evaluation.summary()
-    write_json(evaluation.folder / SUMMARY, summary)
+    with alone_in(_usable(Path(config.output))):
+        run = _begin(config)
+        _ask(run, config)
+        if run.judge is not None:
+            _judge(run, run.judge)
+        summary = _summarized(run.evaluation)
+        if config.layer_jsd:
+            _measure_layers(run, config)
+            summary = _summarized(run.evaluation)
     return summary
 
 
-def _begin(config: EvaluateConfig) -> tuple[Evaluation, Asking]:
-    """The folder, made or found to be of the same settings."""
-    folder = Path(config.output)
-    for name in ("batch_size", "limit", "max_new_tokens"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise UserError(f"{name} is {value}; must be at least 1")
-    is_new = not (folder / SETTINGS).exists()
-    if is_new and folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {SCENES}):
+@dataclass(frozen=True)
+class _Run:
+    """What one call does in the folder of an evaluation."""
+
+    evaluation: Evaluation
+    asking: Asking
+    conditions: list[Condition]
+    """That it was asked for; the folder may hold more."""
+    judge: Endpoint | None
+
+
+def _summarized(evaluation: Evaluation) -> dict[str, Any]:
+    summary = evaluation.summary()
+    _write(evaluation.folder / SUMMARY, summary)
+    return summary
+
+
+def _usable(folder: Path) -> Path:
+    """A folder of an evaluation, or one that may become one."""
+    if (folder / SETTINGS).exists() or not folder.exists():
+        return folder
+    if not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {SCENES, ".lock"}):
         raise UserError(f"output {folder} is not empty and holds no evaluation; name another folder")
+    return folder
+
+
+def _begin(config: EvaluateConfig) -> _Run:
+    """The folder, made or found to be of the same settings; nothing is written where something cannot be used."""
+    folder = Path(config.output)
+    counts = {"batch_size": config.batch_size, "limit": config.limit, "max_new_tokens": config.max_new_tokens}
+    must_be_at_least(workers=(config.workers, 0), **{n: (value, 1) for n, value in counts.items() if value is not None})
+    if config.layer_jsd and config.limit == 1:
+        raise UserError("limit is 1; must be at least 2 with layer_jsd, which compares distributions")
     translations = Translations.read(config.translations) if config.translations else None
     languages = translations.languages if translations else []
-    conditions = [each.name for each in parse_conditions(config.shifts, languages)]
+    conditions = parse_conditions(config.shifts, languages)
+    for kind in {each.text.kind for each in conditions if each.text} & set(SYNONYM_SHIFTS):
+        text_shift("a good day", kind, 1, seed=0)  # says now what of WordNet is missing
     task = load_task(config.task, config.data, config.images, folder / SCENES)
-    if task.is_judged and not (config.judge_url and config.judge_model):
-        raise UserError(f"task {config.task} needs a judge: --judge-url and --judge-model")
+    judge = None
+    if task.is_judged:
+        if not (config.judge_url and config.judge_model):
+            raise UserError(f"task {config.task} needs a judge: --judge-url and --judge-model")
+        judge = Endpoint(config.judge_url, config.judge_model)
     samples = task.samples[: config.limit]
     _must_be_translated(samples, translations)
     asking = Asking(
-        config.batch_size, config.max_new_tokens or task.max_new_tokens, config.seed, config.workers,
+        config.max_new_tokens or task.max_new_tokens, config.seed, config.workers,
         translations.text if translations else None,
     )  # fmt: skip
     settings = {
         "model": config.model,
         "model_sha256": fingerprint(config.model),
+        "dtype": str(_dtype()).removeprefix("torch."),
         "task": config.task,
         "data": config.data and str(Path(config.data).resolve()),
         "images": config.images and str(Path(config.images).resolve()),
-        "samples_sha256": _digest(samples),
         "limit": config.limit,
-        "batch_size": asking.batch_size,
+        "batch_size": config.batch_size,
         "max_new_tokens": asking.max_new_tokens,
         "seed": asking.seed,
-        "languages": languages,
-        "judge_model": config.judge_model if task.is_judged else None,
-        "conditions": conditions,
+        "judge_model": config.judge_model if judge else None,
+        "samples_sha256": digest(samples),
+        "languages": {each: _digest_of_texts(samples, translations, each) for each in languages},
+        "conditions": [each.name for each in conditions],
     }
-    if not is_new:
-        earlier = _read_settings(folder)
-        _must_be_the_same(folder, earlier, settings)
-        settings["conditions"] = list(dict.fromkeys([*earlier["conditions"], *conditions]))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, settings)
-    except OSError as error:
-        raise UserError(f"output {folder} cannot be written: {error.strerror}") from error
-    return Evaluation(folder, settings, task, samples), asking
+    if (folder / SETTINGS).exists():
+        settings = _joined(folder, _read_settings(folder), settings)
+    _write(folder / SETTINGS, settings)
+    return _Run(Evaluation(folder, settings, task, samples), asking, conditions, judge)
+
+
+def _dtype() -> torch.dtype:
+    """Of the model: bf16 on a GPU."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def _digest_of_texts(samples: Sequence[Sample], translations: Translations | None, language: str) -> str:
+    assert translations is not None
+    texts = [translations.text(sample.id, language) for sample in samples]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def _must_be_translated(samples: Sequence[Sample], translations: Translations | None) -> None:
@@ -268,11 +309,16 @@ def _must_be_translated(samples: Sequence[Sample], translations: Translations | 
                 )
 
 
-_NOT_COMPARED = ("model", "data", "images", "conditions")
+_NOT_COMPARED = ("model", "data", "images", "conditions", "languages")
 """Settings that others stand for, or that may grow."""
 
 
-def _must_be_the_same(folder: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def _joined(folder: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a folder with the conditions and languages that come now.
+
+    Raises:
+        UserError: it is another evaluation.
+    """
     names = {"model_sha256": "model", "samples_sha256": "data"}
     for name, value in settings.items():
         if name not in _NOT_COMPARED and earlier.get(name) != value:
@@ -282,52 +328,58 @@ def _must_be_the_same(folder: Path, earlier: Mapping[str, Any], settings: Mappin
             if here == there:
                 what = f"its {told}, {shown(here)}, has changed since"
             raise UserError(f"output {folder} holds another evaluation: {what}; name another folder")
+    for language, of_texts in settings["languages"].items():
+        if earlier["languages"].get(language, of_texts) != of_texts:
+            raise UserError(f"output {folder} holds answers to another {language} translation; name another folder")
+    return {
+        **settings,
+        "conditions": list(dict.fromkeys([*earlier["conditions"], *settings["conditions"]])),
+        "languages": {**earlier["languages"], **settings["languages"]},
+    }
 
 
-def _ask(evaluation: Evaluation, config: EvaluateConfig, asking: Asking) -> None:
-    todo = [each for each in evaluation.conditions if not evaluation.is_answered(each)]
+def _ask(run: _Run, config: EvaluateConfig) -> None:
+    todo = [each for each in run.conditions if not run.evaluation.is_answered(each)]
     if not todo:
         return
     model, processor = _load(config)
-    with progress_bar(len(todo) * len(evaluation.samples), "answering") as bar:
+    with progress_bar(len(todo) * len(run.evaluation.samples), "answering") as bar:
         for condition in todo:
             bar.set_description(condition.name[:24])
-            for count in evaluation.run(model, processor, condition, asking):
+            for count in run.evaluation.run(model, processor, condition, run.asking):
                 bar.update(count)
 
 
 def _load(config: EvaluateConfig) -> tuple[Any, Any]:
-    """The model on its device, bf16 on a GPU, and its processor."""
-    on_gpu = torch.cuda.is_available()
+    """The model on its device, and its processor."""
     with quiet():
-        model = load_tuned(config.model, torch.bfloat16 if on_gpu else torch.float32)
-    return model.to("cuda" if on_gpu else "cpu"), load_processor(config.model)
+        model = load_tuned(config.model, _dtype())
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(config.model)
 
 
-def _measure_layers(evaluation: Evaluation, config: EvaluateConfig, asking: Asking) -> None:
+def _measure_layers(run: _Run, config: EvaluateConfig) -> None:
     """Adds what is missing to the folder's divergences, a condition at a time."""
+    evaluation = run.evaluation
     path, found = evaluation.folder / LAYERS, evaluation.layers()
-    todo = [each for each in evaluation.conditions if each != CLEAN and each.name not in found]
+    todo = [each for each in run.conditions if each != CLEAN and each.name not in found]
     if not todo:
         return
     model, processor = _load(config)
     with progress_bar((1 + len(todo)) * len(evaluation.samples), "states of layers") as bar:
         clean, *shifted = (
-            partial(layer_states, model, processor, evaluation.batches, each, asking, bar.update)
+            partial(layer_states, model, processor, evaluation.batches, each, run.asking, bar.update)
             for each in (CLEAN, *todo)
         )
         states = clean()
         for condition, measure in zip(todo, shifted, strict=True):
             found[condition.name] = layer_jsd(states, measure())
-            write_json(path, found)
+            _write(path, found)
 
 
-def _judge(evaluation: Evaluation, config: EvaluateConfig) -> None:
-    assert config.judge_url and config.judge_model
-    endpoint = Endpoint(config.judge_url, config.judge_model)
-    with progress_bar(len(evaluation.conditions) * len(evaluation.samples), "judging") as bar:
-        for condition in evaluation.conditions:
-            for count in evaluation.judge(condition, endpoint):
+def _judge(run: _Run, endpoint: Endpoint) -> None:
+    with progress_bar(len(run.conditions) * len(run.evaluation.samples), "judging") as bar:
+        for condition in run.conditions:
+            for count in run.evaluation.judge(condition, endpoint):
                 bar.update(count)
     if endpoint.retries:
         print(f"the judge's endpoint was asked again {endpoint.retries} times")
@@ -342,10 +394,31 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     return read_lines(path, may_be_cut=True) if path.exists() else iter(())
 
 
+def _verdict(record: Mapping[str, Any], place: str) -> Verdict:
+    scores = [record.get(name) for name in ("model", "reference")]
+    failures = record.get("failures")
+    if not (all(each is None or type(each) in (int, float) for each in scores) and type(failures) is int):
+        raise UserError(f"{place} is {shown(record)}; must have the scores `model` and `reference`, and `failures`")
+    return Verdict(*scores, failures, text_of(record, "reply", place) if record.get("reply") else "")
+
+
 def _read_settings(folder: Path) -> dict[str, Any]:
-    if not (folder / SETTINGS).is_file():
+    path = folder / SETTINGS
+    if not path.is_file():
         raise UserError(f"{folder} holds no evaluation; vittle evaluate writes {SETTINGS} there")
-    return _read_json(folder / SETTINGS)
+    settings = _read_json(path)
+    for name, kind in _KINDS.items():
+        if not isinstance(settings.get(name), kind):
+            raise UserError(f"{path} has {name} {shown(settings.get(name))}; vittle evaluate of this version writes it")
+    return settings
+
+
+_KINDS: Mapping[str, Any] = {
+    "task": str, "data": str | None, "images": str | None, "limit": int | None, "batch_size": int,
+    "max_new_tokens": int, "seed": int, "judge_model": str | None, "samples_sha256": str, "languages": dict,
+    "conditions": list,
+}  # fmt: skip
+"""What is read of a folder's settings."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -355,7 +428,21 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _digest(samples: Sequence[Sample]) -> str:
-    """Of all that is asked, images by their paths."""
-    text = json.dumps([asdict(sample) | {"images": [path.name for path in sample.images]} for sample in samples])
-    return hashlib.sha256(text.encode()).hexdigest()
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        write_json(path, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """Of all that is asked: texts, and the images' contents."""
+    of_images: dict[Path, str] = {}
+    for path in dict.fromkeys(path for sample in samples for path in sample.images):
+        try:
+            with path.open("rb") as file:
+                of_images[path] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    asked = [asdict(sample) | {"images": [of_images[path] for path in sample.images]} for sample in samples]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vittle.endpoint import Refused
+
 SYSTEM = "You are a careful assistant who rates the quality of answers, fairly and to the point."
 
 PROMPT = """\
@@ -30,10 +32,13 @@ Rate how helpful, relevant, accurate and detailed each answer is, with an overal
 the better. On the first line write two numbers only, the scores of Assistant 1 and of Assistant 2, with a space \
 between them. Then explain your scores; the order in which the answers stand must not matter."""
 
+AGAIN = "\n\nBegin with the line of two numbers, such as `7 8`, and nothing else on it."
+"""After the prompt, where a reply had no such line: greedily asked the same, a judge replies the same."""
+
 ATTEMPTS = 3
 """That a judge has to give two scores before the question counts as not judged."""
 
-_SCORES = re.compile(r"\W*(\d+(?:\.\d+)?)(?:\s*/\s*10)?[\s,;]+(\d+(?:\.\d+)?)(?:\s*/\s*10)?\W*")
+_SCORES = re.compile(r"[^\w+-]*(\d+(?:\.\d+)?)(?:\s*/\s*10)?[\s,;]+(\d+(?:\.\d+)?)(?:\s*/\s*10)?\W*")
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Verdict:
     failures: int = 0
     """Replies without two scores."""
     reply: str = ""
-    """Of the judge, reference first; or the last one that could not be read."""
+    """Of the judge, reference first; or the last one that could not be read; or why the endpoint turned it down."""
 
 
 def judge(question: str, context: str, reference: str, answer: str, complete: Callable[[str, str], str]) -> Verdict:
@@ -57,8 +62,11 @@ def judge(question: str, context: str, reference: str, answer: str, complete: Ca
     for is_swapped in (False, True):
         first, second = (answer, reference) if is_swapped else (reference, answer)
         prompt = PROMPT.format(context=context, question=question, first=first, second=second)
-        for _ in range(ATTEMPTS):
-            reply = complete(SYSTEM, prompt)
+        for attempt in range(ATTEMPTS):
+            try:
+                reply = complete(SYSTEM, prompt + AGAIN * (attempt > 0))
+            except Refused as error:
+                return Verdict(None, None, failures + 1, str(error))
             if scores := parse(reply):
                 break
             failures += 1

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from vittle.errors import UserError
@@ -19,6 +21,23 @@ from vittle.methods.bottleneck import load_bottleneck
 
 ADAPTER_CONFIG = "adapter_config.json"
 """What PEFT writes beside its adapters."""
+
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+"""What a model is read from: weights, settings, chat template, tokenizer."""
+
+
+def folder_of(path: str) -> Path:
+    """The folder itself, or where the files of a Hub id are, which are fetched if they are not there.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(_FILES)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise _no_model(path, error) from error
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -39,9 +58,9 @@ def load_tuned(path: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         UserError: there is no such model, or its adapters or its bottleneck do not fit.
     """
-    folder = Path(path)
+    folder = folder_of(path)
     has_adapters = (folder / ADAPTER_CONFIG).is_file()
-    model = _with_adapters(folder, dtype) if has_adapters else load_model(path, dtype)
+    model = _with_adapters(folder, dtype) if has_adapters else load_model(str(folder), dtype)
     if (folder / saving.CONFIG).is_file():
         load_bottleneck(model, folder)
     return model.eval()
@@ -72,25 +91,17 @@ def _base_of(folder: Path) -> str:
 
 
 def fingerprint(path: str) -> str:
-    """What tells a model from all others: a digest of its folder's weights and configs, or the Hub's commit.
+    """What tells a model from all others: a digest of its folder's weights, settings, tokenizer and template.
 
     Raises:
         UserError: there is no such model.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            return str(AutoConfig.from_pretrained(path)._commit_hash)
-        except (OSError, ValueError) as error:
-            raise _no_model(path, error) from error
+    folder, digest = folder_of(path), hashlib.sha256()
     if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise _no_model(path, FileNotFoundError("it has no config.json"))
-    digest = hashlib.sha256()
-    names = ("config.json", ADAPTER_CONFIG, saving.CONFIG)
-    for file in sorted([*folder.glob("*.safetensors"), *(folder / name for name in names)]):
-        if file.is_file():
-            with file.open("rb") as opened:
-                digest.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\0".encode())
+    for file in sorted({file for pattern in _FILES for file in folder.glob(pattern)}):
+        with file.open("rb") as opened:
+            digest.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\0".encode())
     if (folder / ADAPTER_CONFIG).is_file():
         digest.update(fingerprint(_base_of(folder)).encode())
     return digest.hexdigest()

@@ -6,11 +6,12 @@ which was broken off finds again. Methods are compared with plain tuning seed by
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 
+from vittle.curves import CURVES
 from vittle.demo import ALIGNED, HELD_OUT_QUESTIONS, SETTINGS, TRAINING_QUESTIONS
 from vittle.demo.scenes import write_dataset
-from vittle.errors import UserError
+from vittle.errors import UserError, shown
 from vittle.evaluation import EvaluateConfig, evaluate
 from vittle.methods.bottleneck import BottleneckConfig
 from vittle.methods.saving import write_json
@@ -74,22 +76,25 @@ def study(output: str | Path, scale: Scale | None = None) -> dict[str, Any]:
     scale, output = scale or Scale(), Path(output)
     if scale.seeds < 2:
         raise UserError(f"seeds is {scale.seeds}; must be at least 2, for a spread")
+    _same_scale(output / "scale.json", scale)
     held_out = _data(output / "data" / "held_out", "held_out", scale.questions, 10_000)
     encoders = _encoders(output / "encoders")
-    club: Path | None = None
+    plan = [(name, seed) for name in METHODS for seed in range(scale.seeds)]
+    plan += [(name, seed) for name in SWEEPS for seed in range(scale.sweep_seeds)]
+    folders = {run: output / "runs" / f"{_slug(run[0])}-{run[1]}" for run in plan}
+    summaries = {}
+    for done, ((name, seed), folder) in enumerate(folders.items(), start=1):
+        print(f"\n{name}, seed {seed}: run {done} of {len(plan)}", flush=True)
+        model = _tuned(folder / "model", (METHODS | SWEEPS)[name], seed, output, scale)
+        summaries[name, seed] = summary = _evaluated(folder / "evaluation", model, held_out, scale)
+    club = output / "club.safetensors"
+    if not club.exists():
+        emid.train_club([folders[name, 0] / "evaluation" for name in METHODS], *encoders, club)
     results: dict[str, list[dict[str, float]]] = {}
-    plan = [(name, method, scale.seeds) for name, method in METHODS.items()]
-    plan += [(name, method, scale.sweep_seeds) for name, method in SWEEPS.items()]
-    total, done = sum(seeds for _, _, seeds in plan), 0
-    for name, method, seeds in plan:
-        for seed in range(seeds):
-            done += 1
-            print(f"\n{name}, seed {seed}: run {done} of {total}", flush=True)
-            folder = output / "runs" / f"{_slug(name)}-{seed}"
-            model = _tuned(folder / "model", method, seed, output, scale)
-            summary = _evaluated(folder / "evaluation", model, held_out, scale)
-            club = club or _club(output / "club.safetensors", folder / "evaluation", encoders)
-            results.setdefault(name, []).append(_measured(summary, folder / "evaluation", encoders, club))
+    for (name, seed), folder in folders.items():
+        print(f"EMID of {name}, seed {seed}", flush=True)
+        measured = _measured(summaries[name, seed], folder / "evaluation", encoders, club)
+        results.setdefault(name, []).append(measured)
     found = {
         "results": results,
         "settings": {**SETTINGS, "max_steps": scale.steps, "training": scale.training, "questions": scale.questions,
@@ -102,6 +107,15 @@ def study(output: str | Path, scale: Scale | None = None) -> dict[str, Any]:
     return found
 
 
+def _same_scale(path: Path, scale: Scale) -> None:
+    """The runs of a folder are of one scale; seeds may be added."""
+    content = {name: value for name, value in asdict(scale).items() if not name.endswith("seeds")}
+    if path.exists() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != json.loads(json.dumps(content)):
+        raise UserError(f"{path.parent} holds a study of another scale, {shown(earlier)}; name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+
+
 def _data(folder: Path, split: Any, count: int, seed: int) -> Path:
     data = folder / "questions.json"
     return data if data.exists() else write_dataset(folder, split=split, count=count, seed=seed)
@@ -109,7 +123,7 @@ def _data(folder: Path, split: Any, count: int, seed: int) -> Path:
 
 def _tuned(folder: Path, method: Mapping[str, Any], seed: int, output: Path, scale: Scale) -> Path:
     """The model of one run, trained if it is not there; a run that was broken off starts again."""
-    if any(folder.glob("*.safetensors")):
+    if (folder / CURVES).exists():  # the last that a run writes
         return folder
     data = _data(output / "data" / f"train-{seed}", "train", scale.training, seed)
     settings = SETTINGS | {"max_steps": scale.steps}
@@ -139,13 +153,6 @@ def _encoders(folder: Path) -> tuple[str, str]:
             model.get_decoder().save_pretrained(text)
             processor.tokenizer.save_pretrained(text)
     return str(image), str(text)
-
-
-def _club(path: Path, evaluation: Path, encoders: tuple[str, str]) -> Path:
-    """One estimator for all runs, trained on the first."""
-    if not path.exists():
-        emid.train_club(evaluation, *encoders, path)
-    return path
 
 
 def _measured(summary: Mapping[str, Any], evaluation: Path, encoders: tuple[str, str], club: Path) -> dict[str, float]:
@@ -185,7 +192,8 @@ def page(found: Mapping[str, Any]) -> str:
         "chooses them. "
         f"{len(results[PLAIN])} seeds a method; data, order and noise are the seed's. Accuracy in percent, mean ± "
         "standard deviation over seeds. JSD: of clean and shifted states, from the bottleneck's layer on, in nats. "
-        "EMID: with the model's own vision tower and token embeddings as encoders; both are better the smaller.",
+        "EMID: with the model's own vision tower and token embeddings as encoders, and one CLUB, trained on the first "
+        "seed of every method; both are better the smaller.",
         "",
         "| method | " + " | ".join(MEASURES.values()) + " |",
         "|---" * (len(MEASURES) + 1) + "|",

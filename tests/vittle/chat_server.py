@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = str | int | bytes
-"""What the model says; or a status other than 200; or a body that is none."""
+Reply = str | int | bytes | tuple[int, bytes]
+"""What the model says; or a status other than 200; or a body that is none; or both."""
 
 
 class ChatServer:
@@ -33,13 +33,15 @@ class ChatServer:
                 self._send(reply(message, times))
 
             def _send(self, found: Reply) -> None:
+                status = found[0] if isinstance(found, tuple) else found if isinstance(found, int) else 200
+                found = found[1] if isinstance(found, tuple) else found
                 choice = {"index": 0, "message": {"role": "assistant", "content": found}, "finish_reason": "stop"}
                 completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
                 content = found if isinstance(found, bytes) else json.dumps(completion).encode()
                 if isinstance(found, int):
                     key = self.headers["Authorization"]
                     content = json.dumps({"error": {"message": f"no, {key}, not now"}}).encode()
-                self.send_response(found if isinstance(found, int) else 200)
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 self.send_header("retry-after-ms", "1")

@@ -12,7 +12,7 @@ import pytest
 from vittle import UserError
 from vittle.cli import main
 from vittle.compare import Comparison, compare
-from vittle.evaluation import Evaluation, _digest
+from vittle.evaluation import Evaluation, digest
 from vittle.shifts import parse_conditions
 from vittle.tasks import DigitScenes
 
@@ -27,8 +27,8 @@ def run(tmp_path: Path) -> Callable[..., Path]:
         folder, rng = tmp_path / name, np.random.default_rng(seed)
         task = DigitScenes(folder / "scenes", count=count)
         settings = {
-            "model": name, "task": "digits", "data": None, "images": None, "samples_sha256": _digest(task.samples),
-            "limit": None, "batch_size": 16, "max_new_tokens": 6, "seed": 0, "languages": [], "judge_model": None,
+            "model": name, "task": "digits", "data": None, "images": None, "samples_sha256": digest(task.samples),
+            "limit": None, "batch_size": 16, "max_new_tokens": 6, "seed": 0, "languages": {}, "judge_model": None,
             "conditions": CONDITIONS,
         }  # fmt: skip
         (folder / "evaluation.json").write_text(json.dumps(settings))
@@ -62,11 +62,10 @@ def test_intervals_against_a_bootstrap_written_out(run: Callable[..., Path]) -> 
     assert difference.value == pytest.approx(100 * gain.mean())
     assert (difference.low, difference.high) == pytest.approx((low, high), abs=0.8)
     # the mean over conditions is the mean of theirs, with a narrower interval
-    means = [found.rows[name][0] for name in ("frost:3", "fog:3")]
-    assert found.rows["mean, image"][0] == pytest.approx(np.mean(means, axis=0))
-    of_mean = (
-        found.rows["mean, all shifts"][1][0] if "mean, all shifts" in found.rows else found.rows["mean, image"][1][0]
-    )
+    means = [found.rows[name][0] for name in ("frost:3", "fog:3", "rd:2")]
+    assert found.rows["mean, image"][0] == pytest.approx(np.mean(means[:2], axis=0))
+    assert found.rows["mean, all shifts"][0] == pytest.approx(np.mean(means, axis=0))
+    of_mean = found.rows["mean, all shifts"][1][0]
     assert of_mean.high - of_mean.low < difference.high - difference.low
 
 
@@ -89,6 +88,9 @@ def test_the_same_seed_gives_the_same_table(run: Callable[..., Path], capsys: py
         assert main(["compare", *folders]) == 0
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1] and max(map(len, tables[0].splitlines())) <= 80
+    difference = compare(folders[:2]).rows["frost:3"][1][0]
+    told = f"{difference.value:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
+    assert told in next(line for line in tables[0].splitlines() if line.startswith("frost:3"))
     assert "one" in tables[0] and "third" in tables[0] and "*" in tables[0]
 
 

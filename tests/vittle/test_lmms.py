@@ -132,7 +132,7 @@ def test_answers_are_those_of_vittle_evaluate(
         Sample(f"{TASK}\0{SPLIT}\0{i}", f"<image>\n{doc['question']}", (Path(doc["image"]),), "")
         for i, doc in enumerate(docs)
     ]
-    asked = ask(model.model, model.processor, batches(samples, 4), parse_conditions([shifts])[-1], Asking(4, 8, seed=5))
+    asked = ask(model.model, model.processor, batches(samples, 4), parse_conditions([shifts])[-1], Asking(8, seed=5))
     expected = {answer.id: answer.text for answers in asked for answer in answers}
     found = model.generate_until([SimpleNamespace(args=arguments(docs, i)) for i in range(len(docs))])
     assert found == [expected[sample.id] for sample in samples]

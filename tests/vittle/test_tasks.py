@@ -199,6 +199,9 @@ class TestChoice:
         [
             ("B", "B"), ("(A)", "A"), ("B: the dog", "B"), ("The answer is B.", "B"), ("Answer: a", "A"),
             ("Dog.", "B"), ("cat", "A"), ("C", None), ("A dog is there", None), ("", None), ("Both", None),
+            ("The answer is a dog.", None), ("Answer: a cat", None), ("B\nBecause it barks.", "B"), ("**B**", "B"),
+            ("B is correct", "B"), ("(b)", "B"), ("b", "B"), ("Option B", "B"), ("The answer is (A), a cat.", "A"),
+            ("I think so.\nAnswer: B", "B"), ("It is a", None),
         ],
     )  # fmt: skip
     def test_letters(self, text: str, letter: str | None) -> None:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from vittle.errors import UserError, shown
+from vittle.locks import lock
 
 Record = dict[str, Any]
 
@@ -64,7 +65,7 @@ def text_of(record: Mapping[str, Any], name: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = "missing" if name not in record else shown(value)
         raise UserError(f"{place}: `{name}` is {found}; must be text")
-    return value
+    return whole_characters(value, f"{place}: `{name}`")
 
 
 def id_of(record: Mapping[str, Any], name: str, place: str) -> str:
@@ -77,14 +78,27 @@ def id_of(record: Mapping[str, Any], name: str, place: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         found = "missing" if name not in record else shown(value)
         raise UserError(f"{place}: `{name}` is {found}; must be a string or an integer")
-    return str(value)
+    return whole_characters(str(value), f"{place}: `{name}`")
+
+
+def whole_characters(text: str, where: str) -> str:
+    """The text, if it can be written.
+
+    Raises:
+        UserError: it has half of a surrogate pair, as JSON may.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has half a character at {error.start}; surrogates must come in pairs") from None
+    return text
 
 
 class LineWriter:
     """Appends records to a file, many in one write; a half-written last line is cut off when it is opened.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or another process writes it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,6 +110,11 @@ class LineWriter:
             self._file: BinaryIO = self.path.open("r+b" if self.path.exists() else "w+b")
         except OSError as error:
             raise self._failed(error) from error
+        try:
+            lock(self._file, self.path)
+        except UserError:
+            self._file.close()
+            raise
         self.keep(self._file.read().count(b"\n"))
         return self
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from vittle.data.index import Index, read_record, scan
+from vittle.data.lines import whole_characters
 from vittle.errors import UserError, shown
 
 MARKER = "<image>"
@@ -230,11 +231,7 @@ def _text(value: object, where: str) -> str:
         raise UserError(f"{where} is {_found(value)}; it must be a string")
     if not value.strip():
         raise UserError(f"{where} is empty; it must hold text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} has half a character at {error.start}; surrogates must come in pairs") from None
-    return value
+    return whole_characters(value, where)
 
 
 def image_names(image: object) -> list[str]:

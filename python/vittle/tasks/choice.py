@@ -14,8 +14,13 @@ from vittle.errors import UserError, shown
 from vittle.tasks.task import Counts, Sample, Task, Values, share, with_images
 
 SUFFIX = "Answer with the option's letter from the given choices directly."
-_LETTER = re.compile(r"\s*\(?([A-Z])(?:[).:,]|\s*$)")
-_SAID = re.compile(r"\banswer(?: is|:)\s*\(?([A-Z])(?:[).:,]|\s|$)", re.IGNORECASE)
+_RULES = (
+    re.compile(r"(?:[Oo]ption|[Cc]hoice)?\s*\(?([A-Z])(?:[).:,]|\s*$|\s+is\s)", re.MULTILINE),
+    re.compile(r"\b[Aa]nswer(?: is|:)\s*(?:option|Option)?\s*\(?([A-Z])\b"),
+    re.compile(r"(?:.*\b[Aa]nswer(?: is|:))?\s*\(?([a-z])\)?\.?\s*$"),
+)
+"""A letter that an answer begins with, one that it says, and a small one where nothing follows that it might belong to:
+`The answer is a dog.` names no letter."""
 
 
 class Choice(Task):
@@ -72,8 +77,9 @@ def _letter(answer: object, count: int, place: str) -> str:
 
 def parse(text: str, choices: list[str]) -> str | None:
     """The letter that an answer begins with or says (`The answer is B.`), or whose text it is; None: none of those."""
-    letters = ascii_uppercase[: len(choices)]
-    for match in (_LETTER.match(text), _SAID.search(text)):
+    letters, text = ascii_uppercase[: len(choices)], text.replace("*", "").strip()
+    begins, says, small = _RULES
+    for match in (begins.match(text), says.search(text), small.match(text)):
         if match and match[1].upper() in letters:
             return match[1].upper()
     plain = text.strip().rstrip(".").lower()

@@ -42,11 +42,11 @@ class Mme(Task):
         return {f"{sample.group}/right": parse(answer) == sample.reference, f"{sample.group}/asked": 1}
 
     def combine(self, counts: Sequence[Counts]) -> Counts:
-        """And whether all answers about the image are right."""
+        """And whether both answers about the image are right; an image of which one was asked does not count there."""
         sums = add(counts)
         category = next(iter(sums)).partition("/")[0]
-        both = sums[f"{category}/right"] == sums[f"{category}/asked"]
-        return {**sums, f"{category}/both": both, f"{category}/images": 1}
+        right, is_pair = sums[f"{category}/right"], sums[f"{category}/asked"] == 2
+        return {**sums, f"{category}/both": is_pair and right == 2, f"{category}/images": is_pair}
 
     def metrics(self, totals: Mapping[str, Values]) -> dict[str, Values]:
         """Over all questions accuracy and accuracy+, and the benchmark's two sums of scores."""

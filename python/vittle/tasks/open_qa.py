@@ -46,9 +46,14 @@ class LlavaBench(Task):
 
     def count(self, sample: Sample, answer: Verdict) -> Counts:
         """Both scores; none of a verdict that the judge did not give."""
-        if answer.model is None or answer.reference is None:
+        if not self.is_scored(answer):
             return {"asked": 1}
+        assert answer.model is not None and answer.reference is not None
         return {"asked": 1, "judged": 1, "model": answer.model, "reference": answer.reference}
+
+    def is_scored(self, answer: Verdict) -> bool:
+        """Whether the judge gave scores."""
+        return answer.model is not None and answer.reference is not None
 
     def metrics(self, totals: Mapping[str, Values]) -> dict[str, Values]:
         """The relative score, both means, and the share of questions that the judge gave scores for."""

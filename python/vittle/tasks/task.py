@@ -75,6 +75,10 @@ class Task(ABC):
     def count(self, sample: Sample, answer: Any) -> Counts:
         """What is counted of one answer, or of one verdict of the judge."""
 
+    def is_scored(self, answer: Any) -> bool:
+        """Whether an answer, or a verdict, counts at all."""
+        return True
+
     def combine(self, counts: Sequence[Counts]) -> Counts:
         """What is counted of a cluster: the sums of its samples' counts."""
         return add(counts)
