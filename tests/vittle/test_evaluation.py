@@ -15,9 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from chat_server import serving
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from processes import ENVIRONMENT
 
 import vittle
@@ -27,6 +29,7 @@ from vittle.demo import ALIGNED
 from vittle.demo.scenes import write_dataset
 from vittle.evaluate import ask, batches
 from vittle.evaluation import EvaluateConfig, evaluate, open_evaluation
+from vittle.locks import alone_in
 from vittle.models import fingerprint, load_model, load_processor, load_tuned
 from vittle.tasks.exact import Exact
 
@@ -116,6 +119,7 @@ class TestRun:
         evaluate(config)
         assert len(asked) == 6  # a whole folder needs no model
 
+    @pytest.mark.slow
     def test_killed_at_any_moment(self, config: EvaluateConfig, tmp_path: Path) -> None:
         evaluate(config)
         broken_off = tmp_path / "broken off"
@@ -139,6 +143,26 @@ class TestRun:
 
 
 class TestModels:
+    def test_a_hub_id_brings_its_bottleneck(
+        self, config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As the Hub's cache has it, without a network."""
+        model = with_bottleneck()
+        model.bottleneck.bias_out.data.normal_(std=3)
+        cache = tmp_path / "models--me--tuned"
+        snapshot = cache / "snapshots" / "0123456789012345678901234567890123456789"
+        shutil.copytree(ALIGNED, snapshot)
+        vittle.save_bottleneck(model, snapshot)
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(snapshot.name)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        batch = load_processor(str(ALIGNED))(text=["a b"], return_tensors="pt")
+        assert (load_tuned("me/tuned")(**batch).logits == load_tuned(str(snapshot))(**batch).logits).all()
+        assert fingerprint("me/tuned") == fingerprint(str(snapshot)) != fingerprint(str(ALIGNED))
+        with pytest.raises(UserError, match="model is 'me/other'; must be a folder or Hub id"):
+            load_tuned("me/other")
+
     def test_adapters_and_bottleneck(self, config: EvaluateConfig, tmp_path: Path) -> None:
         model = load_model(str(ALIGNED))
         vittle.attach_bottleneck(model)
@@ -179,9 +203,12 @@ class TestRefusals:
         [
             ({"seed": 1}, "its seed was 0, now it is 1"),
             ({"batch_size": 9}, "its batch_size was 10, now it is 9"),
-            ({"limit": 3}, "has changed since"),
+            ({"limit": 3}, "its limit was 2, now it is 3"),
+            ({"workers": -1}, "workers is -1; must be an integer of at least 0"),
+            ({"limit": 1, "layer_jsd": True}, "limit is 1; must be at least 2 with layer_jsd"),
+            ({"shifts": ("sr:3",)}, "synonyms need NLTK and WordNet"),
             ({"shifts": ("foggy:1",)}, "near it: fog"),
-            ({"batch_size": 0}, "batch_size is 0; must be at least 1"),
+            ({"batch_size": 0}, "batch_size is 0; must be an integer of at least 1"),
             (
                 {"model": "/"},
                 "model is '/'; must be a folder or Hub id of a vision-language model: it has no config.json",
@@ -195,6 +222,56 @@ class TestRefusals:
         with pytest.raises(UserError) as caught:
             evaluate(replace(small, **change))
         assert message in str(caught.value) and contents(config.output) == before
+        assert list(evaluate(small)["conditions"]) == ["clean"]  # what failed is not asked for again
+
+    def test_other_images_of_the_same_names(self, config: EvaluateConfig, tmp_path: Path) -> None:
+        small = replace(config, shifts=(), limit=2)
+        evaluate(small)
+        shutil.copytree(str(config.images), tmp_path / "images")
+        evaluate(replace(small, images=str(tmp_path / "images")))
+        for path in (tmp_path / "images").iterdir():
+            Image.new("RGB", (64, 64)).save(path)
+        with pytest.raises(UserError, match=r"its data, .*, has changed since"):
+            evaluate(replace(small, images=str(tmp_path / "images")))
+
+    def test_another_chat_template(self, config: EvaluateConfig, tmp_path: Path) -> None:
+        shutil.copytree(ALIGNED, tmp_path / "model")
+        small = replace(config, model=str(tmp_path / "model"), shifts=(), limit=2)
+        evaluate(small)
+        template = tmp_path / "model" / "chat_template.jinja"
+        template.write_text(template.read_text() + "!")
+        with pytest.raises(UserError, match=r"its model, .*, has changed since"):
+            evaluate(small)
+
+    @pytest.mark.parametrize(
+        ("file", "line", "message"),
+        [
+            ("answers/clean.jsonl", {"answer": "3"}, "must have `question`, and `answer` or `error`, all texts"),
+            ("answers/clean.jsonl", {"question": "?", "answer": 7}, "and `answer` or `error`, all texts"),
+            ("evaluation.json", {}, "evaluation.json has task null; vittle evaluate of this version writes it"),
+        ],
+    )
+    def test_damaged_files(self, config: EvaluateConfig, file: str, line: dict[str, Any], message: str) -> None:
+        small = replace(config, shifts=(), limit=2)
+        evaluate(small)
+        path = Path(config.output) / file
+        first = json.loads(contents(config.output)["clean.jsonl"].splitlines()[0])
+        path.write_text(json.dumps({"id": first["id"]} | line if line else {}) + "\n")
+        with pytest.raises(UserError) as caught:
+            evaluate(small)
+        assert message in str(caught.value)
+
+    def test_another_process_writes_there(self, config: EvaluateConfig) -> None:
+        small = replace(config, shifts=(), limit=2)
+        evaluate(small)
+        with alone_in(Path(config.output)), pytest.raises(UserError, match="another process is writing .*run; let it"):
+            evaluate(small)
+        evaluate(small)
+
+    def test_below_a_file(self, config: EvaluateConfig, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match="output .* cannot be written: Not a directory"):
+            evaluate(replace(config, task="digits", data=None, images=None, output=str(tmp_path / "file" / "run")))
 
     def test_a_model_that_has_changed(self, config: EvaluateConfig, tmp_path: Path) -> None:
         shutil.copytree(ALIGNED, tmp_path / "model")
@@ -255,6 +332,28 @@ class TestTranslations:
         records = contents(config.output)["translation-German.jsonl"].splitlines()
         assert {json.loads(line)["question"] for line in records} == {"<image>\nWie viele?"}
 
+    def test_may_be_added_and_must_stay(self, config: EvaluateConfig, scenes: Path, tmp_path: Path) -> None:
+        evaluate(replace(config, shifts=()))
+        file = self.translated(tmp_path / "de.jsonl", scenes)
+        german = replace(config, shifts=("translation:German",), translations=str(file))
+        evaluate(german)
+        file.write_text(file.read_text() + file.read_text().replace("German", "Greek"))
+        assert list(evaluate(replace(german, shifts=("translation",)))["conditions"]) == [
+            "clean", "translation:German", "translation:Greek",
+        ]  # fmt: skip
+        evaluate(replace(config, shifts=()))  # needs no file
+        file.write_text(file.read_text().replace("Wie viele?", "Was?"))
+        with pytest.raises(UserError, match="holds answers to another German translation"):
+            evaluate(replace(german, shifts=("translation:German", "contrast:3")))
+
+    @pytest.mark.parametrize("language", ["../../../out", "a/b", "A+B", "a:b", "..", ""])
+    def test_languages_are_names(self, config: EvaluateConfig, scenes: Path, tmp_path: Path, language: str) -> None:
+        file = self.translated(tmp_path / "de.jsonl", scenes)
+        file.write_text(file.read_text().replace("German", language))
+        with pytest.raises(UserError, match="language"):
+            evaluate(replace(config, shifts=("translation",), translations=str(file)))
+        assert not (Path(config.output) / "evaluation.json").exists()
+
     def test_must_keep_the_markers(self, config: EvaluateConfig, scenes: Path, tmp_path: Path) -> None:
         file = self.translated(tmp_path / "de.jsonl", scenes, lambda text: text.removeprefix("<image>\n"))
         with pytest.raises(
@@ -293,7 +392,7 @@ class TestJudged:
         )  # fmt: skip
 
     def test_goes_on_after_the_endpoint_failed(self, bench: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("vittle.evaluation.JUDGES", 1)
+        monkeypatch.setattr("vittle.endpoint.AT_ONCE", 1)
         replies = iter(["8 4"] * 5)
         failing = serving(lambda message, times: next(replies, 401))
         with failing as server, pytest.raises(UserError, match="answered 401"):
@@ -304,6 +403,21 @@ class TestJudged:
             assert len(server.requests) == 8
         metrics = summary["conditions"]["clean"]["metrics"]
         assert metrics == {"relative_score": 100, "model_score": 6, "reference_score": 6, "judged": 100}
+
+    def test_a_question_that_is_turned_down_counts_as_not_judged(self, bench: EvaluateConfig) -> None:
+        questions = Path(str(bench.data)) / "questions.jsonl"
+        questions.write_text(questions.read_text().replace("What?", "Bad?", 1))
+        config = replace(bench, shifts=("swap:7",))
+        with serving(lambda message, times: 400 if "Bad?" in message else "8 4") as server:
+            summary = evaluate(replace(config, judge_url=server.url))
+            asked = len(server.requests)
+            assert evaluate(replace(config, judge_url=server.url)) == summary and len(server.requests) == asked == 22
+            assert all(
+                "[Question]\nWhat?" in each["messages"][-1]["content"] or "Bad?" in str(each)
+                for each in server.requests
+            )  # not as it is shifted
+        clean = summary["conditions"]["clean"]
+        assert clean["metrics"]["judged"] == pytest.approx(500 / 6) and clean["judge_failures"] == 1
 
     def test_needs_a_judge(self, bench: EvaluateConfig) -> None:
         with pytest.raises(UserError, match="task llava-bench needs a judge: --judge-url and --judge-model"):
