@@ -65,10 +65,9 @@ def compare(folders: Sequence[str | Path], *, seed: int = 0, resamples: int = RE
     for run in runs[1:]:
         for setting in ("task", "samples_sha256", "seed", "max_new_tokens", "judge_model", "languages"):
             here, there = (each.settings[setting] for each in (run, first))
-            if setting == "languages":  # only of those that both have
-                here, there = (
-                    {name: a[name] for name in a.keys() & b.keys()} for a, b in ((here, there), (there, here))
-                )
+            if setting == "languages":
+                both = here.keys() & there.keys()
+                here, there = ({name: each[name] for name in both} for each in (here, there))
             if here != there:
                 told = {"samples_sha256": "data", "languages": "translations"}.get(setting, setting)
                 raise UserError(f"{run.folder} has another {told} than {first.folder}; only like can be compared")

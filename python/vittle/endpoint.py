@@ -29,11 +29,12 @@ _PASSING = (408, 409, 429)
 _REFUSING = (400, 413, 422)
 """Statuses by which an endpoint turns down one text: too long, or against its rules."""
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 _END = object()
 
 
-class Refused(UserError):
+class RefusedError(UserError):
     """The endpoint turns down this text, not others."""
 
 
@@ -71,27 +72,27 @@ class Endpoint:
         """What the model answers at temperature 0.
 
         Raises:
-            Refused: the endpoint turns this text down.
+            RefusedError: the endpoint turns this text down.
             UserError: it cannot be reached, or fails at every try, or was stopped; the message leaves out the key.
         """
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         for attempt in range(1, TRIES + 1):
+            failure: Exception
             if self._stopped.is_set():
                 raise UserError(f"endpoint {self.url} is not asked any more")
             try:
                 return self._answer(messages, max_tokens)
             except self._openai.APIStatusError as error:
-                status, failure = error.status_code, error
-                what = f"answered {status} at try {attempt}"
-                if status in _REFUSING:
-                    raise Refused(self._told(what, error)) from None
-                if status not in _PASSING and status < 500:
+                what, failure = f"answered {error.status_code} at try {attempt}", error
+                if error.status_code in _REFUSING:
+                    raise RefusedError(self._told(what, error)) from None
+                if error.status_code not in _PASSING and error.status_code < 500:
                     break
             except self._openai.APITimeoutError as error:
                 what, failure = f"did not answer in time at try {attempt}", error
             except self._openai.APIConnectionError as error:
                 what, failure = f"cannot be reached after {attempt} tries", error
-            except (self._openai.APIResponseValidationError, _Nonsense) as error:
+            except (self._openai.APIResponseValidationError, _NonsenseError) as error:
                 what, failure = f"sent no chat completion in {attempt} tries", error
             if attempt < TRIES:
                 self._stopped.wait(_wait(failure, attempt))
@@ -149,11 +150,11 @@ class Endpoint:
             message = response.parse().choices[0].message
             content = message.content
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _Nonsense(str(error)) from error
+            raise _NonsenseError(str(error)) from error
         if content is None:
-            raise Refused(self._told("gave no answer", _Nonsense(message.refusal or "its content is null")))
+            raise RefusedError(self._told("gave no answer", _NonsenseError(message.refusal or "its content is null")))
         if not isinstance(content, str):
-            raise _Nonsense(f"its message's content is {content!r}")
+            raise _NonsenseError(f"its message's content is {content!r}")
         return content
 
     def _told(self, what: str, error: Exception) -> str:
@@ -163,7 +164,7 @@ class Endpoint:
         return f"endpoint {self.url} {what} ({reason[:200]})"
 
 
-class _Nonsense(Exception):
+class _NonsenseError(Exception):
     """What came is no chat completion."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vittle.data.lines import LineWriter, id_of, read_lines, text_of
+from vittle.data.lines import LineWriter, id_of, read_lines
 from vittle.data.llava import MARKER
 from vittle.endpoint import Endpoint
 from vittle.errors import UserError, must_be_at_least, shown
@@ -395,11 +395,11 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _verdict(record: Mapping[str, Any], place: str) -> Verdict:
-    scores = [record.get(name) for name in ("model", "reference")]
-    failures = record.get("failures")
-    if not (all(each is None or type(each) in (int, float) for each in scores) and type(failures) is int):
-        raise UserError(f"{place} is {shown(record)}; must have the scores `model` and `reference`, and `failures`")
-    return Verdict(*scores, failures, text_of(record, "reply", place) if record.get("reply") else "")
+    model, reference, failures, reply = (record.get(name) for name in ("model", "reference", "failures", "reply"))
+    are_scores = all(each is None or type(each) in (int, float) for each in (model, reference))
+    if not (are_scores and isinstance(failures, int) and isinstance(reply, str)):
+        raise UserError(f"{place} is {shown(record)}; must be as vittle evaluate writes verdicts")
+    return Verdict(model, reference, failures, reply)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vittle.endpoint import Refused
+from vittle.endpoint import RefusedError
 
 SYSTEM = "You are a careful assistant who rates the quality of answers, fairly and to the point."
 
@@ -65,7 +65,7 @@ def judge(question: str, context: str, reference: str, answer: str, complete: Ca
         for attempt in range(ATTEMPTS):
             try:
                 reply = complete(SYSTEM, prompt + AGAIN * (attempt > 0))
-            except Refused as error:
+            except RefusedError as error:
                 return Verdict(None, None, failures + 1, str(error))
             if scores := parse(reply):
                 break

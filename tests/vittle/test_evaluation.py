@@ -264,13 +264,13 @@ class TestRefusals:
     def test_another_process_writes_there(self, config: EvaluateConfig) -> None:
         small = replace(config, shifts=(), limit=2)
         evaluate(small)
-        with alone_in(Path(config.output)), pytest.raises(UserError, match="another process is writing .*run; let it"):
+        with alone_in(Path(config.output)), pytest.raises(UserError, match=r"another process is writing .*run; let it"):
             evaluate(small)
         evaluate(small)
 
     def test_below_a_file(self, config: EvaluateConfig, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match="output .* cannot be written: Not a directory"):
+        with pytest.raises(UserError, match=r"output .* cannot be written: Not a directory"):
             evaluate(replace(config, task="digits", data=None, images=None, output=str(tmp_path / "file" / "run")))
 
     def test_a_model_that_has_changed(self, config: EvaluateConfig, tmp_path: Path) -> None:

@@ -83,9 +83,9 @@ def test_passing_failures_are_tried_again(status: int) -> None:
 @pytest.mark.parametrize("length", [0, 150, 185, 195])
 def test_the_key_is_told_nowhere(length: int) -> None:
     body = json.dumps({"error": {"message": f"{'x' * length} no, {KEY}, not now"}}).encode()
-    with serving(lambda message, times: (401, body)) as server:
-        with pytest.raises(UserError, match="answered 401 at try 1") as caught:
-            Endpoint(server.url.replace("//", "//me:password@"), "m").complete("s", "u")
+    refused = pytest.raises(UserError, match="answered 401 at try 1")
+    with serving(lambda message, times: (401, body)) as server, refused as caught:
+        Endpoint(server.url.replace("//", "//me:password@"), "m").complete("s", "u")
     assert not any(secret in str(caught.value) for secret in (KEY[:6], "password"))
 
 

@@ -16,7 +16,7 @@ _FILE = re.compile(r".*pope_(\w+)\.json")
 
 
 class Pope(Task):
-    """Yes or no, in the groups random, popular and adversarial; all questions of an image, six in each, are one cluster.
+    """Yes or no, in the groups random, popular and adversarial; the questions of an image, six in each, are a cluster.
 
     Args:
         data: a file `*pope_random.json` (or popular, adversarial: question_id, image, text, label); a folder of
