@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -190,19 +190,36 @@ def open_evaluation(folder: str | Path) -> Evaluation:
     return Evaluation(folder, settings, task, samples)
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def load(model: str) -> tuple[Any, Any]:
+    """A model on its device, bf16 on a GPU, and its processor.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    on_gpu = torch.cuda.is_available()
+    with quiet():
+        tuned = load_tuned(model, torch.bfloat16 if on_gpu else torch.float32)
+    return tuned.to("cuda" if on_gpu else "cpu"), load_processor(model)
+
+
+def evaluate(config: EvaluateConfig, load: Callable[[str], tuple[Any, Any]] = load) -> dict[str, Any]:
     """Asks, judges, and writes the summary; goes on with what ``config.output`` holds. Returns the summary.
+
+    Args:
+        config: the evaluation.
+        load: how ``config.model`` becomes a model and its processor, if any question is left.
 
     Raises:
         UserError: a setting, the model, the task or the folder cannot be used, or a judge's endpoint fails; what is
             done is kept.
     """
     evaluation, asking = _begin(config)
-    _ask(evaluation, config, asking)
+    loaded = partial(load, config.model)
+    _ask(evaluation, loaded, asking)
     if evaluation.task.is_judged:
         _judge(evaluation, config)
     if config.layer_jsd:
-        _measure_layers(evaluation, config, asking)
+        _measure_layers(evaluation, loaded, asking)
     summary = evaluation.summary()
     write_json(evaluation.folder / SUMMARY, summary)
     return summary
@@ -284,11 +301,11 @@ def _must_be_the_same(folder: Path, earlier: Mapping[str, Any], settings: Mappin
             raise UserError(f"output {folder} holds another evaluation: {what}; name another folder")
 
 
-def _ask(evaluation: Evaluation, config: EvaluateConfig, asking: Asking) -> None:
+def _ask(evaluation: Evaluation, load: Callable[[], tuple[Any, Any]], asking: Asking) -> None:
     todo = [each for each in evaluation.conditions if not evaluation.is_answered(each)]
     if not todo:
         return
-    model, processor = _load(config)
+    model, processor = load()
     with progress_bar(len(todo) * len(evaluation.samples), "answering") as bar:
         for condition in todo:
             bar.set_description(condition.name[:24])
@@ -296,21 +313,13 @@ def _ask(evaluation: Evaluation, config: EvaluateConfig, asking: Asking) -> None
                 bar.update(count)
 
 
-def _load(config: EvaluateConfig) -> tuple[Any, Any]:
-    """The model on its device, bf16 on a GPU, and its processor."""
-    on_gpu = torch.cuda.is_available()
-    with quiet():
-        model = load_tuned(config.model, torch.bfloat16 if on_gpu else torch.float32)
-    return model.to("cuda" if on_gpu else "cpu"), load_processor(config.model)
-
-
-def _measure_layers(evaluation: Evaluation, config: EvaluateConfig, asking: Asking) -> None:
+def _measure_layers(evaluation: Evaluation, load: Callable[[], tuple[Any, Any]], asking: Asking) -> None:
     """Adds what is missing to the folder's divergences, a condition at a time."""
     path, found = evaluation.folder / LAYERS, evaluation.layers()
     todo = [each for each in evaluation.conditions if each != CLEAN and each.name not in found]
     if not todo:
         return
-    model, processor = _load(config)
+    model, processor = load()
     with progress_bar((1 + len(todo)) * len(evaluation.samples), "states of layers") as bar:
         clean, *shifted = (
             partial(layer_states, model, processor, evaluation.batches, each, asking, bar.update)
