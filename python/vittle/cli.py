@@ -146,6 +146,21 @@ def _translate(options: argparse.Namespace) -> None:
     print(f"{len(texts)} questions in {', '.join(options.languages)} are in {options.output}")
 
 
+def _benchmark(options: argparse.Namespace) -> None:
+    demon = _application("vittle.demon")
+    if (options.model is None) != (options.output is None):
+        raise UserError("--model needs --output; --predictions goes without, scores are written beside the predictions")
+    if options.model is None:
+        found = demon.score(options.data, options.predictions, tasks=options.tasks, limit=options.limit)
+    else:
+        found = demon.run(
+            options.data, options.model, options.output, tasks=options.tasks, limit=options.limit,
+            batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, workers=options.workers,
+        )  # fmt: skip
+    print(demon.page(found))
+    print(f"\n{demon.RESULT} and {demon.PAGE} are in {options.output or options.predictions}.")
+
+
 def _study(options: argparse.Namespace) -> None:
     study = _application("vittle.study")
     study.study(options.output, study.Scale(seeds=options.seeds))
@@ -178,7 +193,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_evaluate)
     add = command.add_argument
     add("--model", required=True, metavar="DIR|ID", help="folder or Hub id; adapters and bottleneck are found there")
-    add("--task", required=True, help="digits, pope, pope-strict, mme, choice, exact or llava-bench")
+    add("--task", required=True, help="digits, pope, pope-strict, mme, choice, exact, demon or llava-bench")
     add("--output", required=True, metavar="DIR", help="folder of the evaluation")
     add("--data", metavar="PATH", help="the task's file or folder (digits: none)")
     add("--images", metavar="DIR", help="folder that image paths start from, if not the data's")
@@ -241,6 +256,23 @@ def _parser() -> argparse.ArgumentParser:
         description="Asks a model a task's questions, clean and under shifts of images and texts. The same command "
         "goes on with what the output folder holds; further --shifts are added to it.", formatter_class=formatter,
     ))  # fmt: skip
+
+    benchmark = commands.add_parser("demon", help="measure a model on DEMON, or score predictions",
+                                    description="Asks a model the questions of the DEMON benchmark, or scores "
+                                    "predictions made elsewhere, by the published metrics. The same command goes on "
+                                    "with what the output folder holds.", formatter_class=formatter)  # fmt: skip
+    benchmark.set_defaults(run=_benchmark)
+    add = benchmark.add_argument
+    add("--data", required=True, metavar="DIR", help="the benchmark's folder, with TASK/core/core.json")
+    answers = benchmark.add_mutually_exclusive_group(required=True)
+    answers.add_argument("--model", metavar="DIR|ID", help="folder or Hub id; adapters and bottleneck are found there")
+    answers.add_argument("--predictions", metavar="DIR", help="folder with TASK/pred.json, instead of a model")
+    add("--output", metavar="DIR", help="folder of the results (predictions: theirs)")
+    add("--tasks", nargs="+", default=[], metavar="TASK", help="folders of the data (default: all)")
+    add("--limit", type=int, metavar="N", help="the first samples of each task only")
+    add("--batch-size", type=int, default=16, metavar="N", help="questions at a time")
+    add("--max-new-tokens", type=int, metavar="N", help="where an answer is cut (default: 300)")
+    add("--workers", type=int, default=2, metavar="N", help="processes that decode images")
 
     compare = commands.add_parser("compare", help="put evaluations beside each other, with confidence intervals",
                                   description="Puts evaluations of one task beside each other; differences are from "

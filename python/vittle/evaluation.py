@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -195,21 +195,36 @@ def open_evaluation(folder: str | Path) -> Evaluation:
     return Evaluation(folder, settings, task, samples)
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def load(model: str) -> tuple[Any, Any]:
+    """A model on its device, bf16 on a GPU, and its processor.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    with quiet():
+        tuned = load_tuned(model, _dtype())
+    return tuned.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(model)
+
+
+def evaluate(config: EvaluateConfig, load: Callable[[str], tuple[Any, Any]] = load) -> dict[str, Any]:
     """Asks, judges, and writes the summary; goes on with what ``config.output`` holds. Returns the summary.
+
+    Args:
+        config: the evaluation.
+        load: how ``config.model`` becomes a model and its processor, if any question is left.
 
     Raises:
         UserError: a setting, the model, the task or the folder cannot be used, or a judge's endpoint fails; what is
             done is kept.
     """
     with alone_in(_usable(Path(config.output))):
-        run = _begin(config)
-        _ask(run, config)
+        run, loaded = _begin(config), partial(load, config.model)
+        _ask(run, loaded)
         if run.judge is not None:
             _judge(run, run.judge)
         summary = _summarized(run.evaluation)
         if config.layer_jsd:
-            _measure_layers(run, config)
+            _measure_layers(run, loaded)
             summary = _summarized(run.evaluation)
     return summary
 
@@ -338,11 +353,11 @@ def _joined(folder: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any
     }
 
 
-def _ask(run: _Run, config: EvaluateConfig) -> None:
+def _ask(run: _Run, load: Callable[[], tuple[Any, Any]]) -> None:
     todo = [each for each in run.conditions if not run.evaluation.is_answered(each)]
     if not todo:
         return
-    model, processor = _load(config)
+    model, processor = load()
     with progress_bar(len(todo) * len(run.evaluation.samples), "answering") as bar:
         for condition in todo:
             bar.set_description(condition.name[:24])
@@ -350,21 +365,14 @@ def _ask(run: _Run, config: EvaluateConfig) -> None:
                 bar.update(count)
 
 
-def _load(config: EvaluateConfig) -> tuple[Any, Any]:
-    """The model on its device, and its processor."""
-    with quiet():
-        model = load_tuned(config.model, _dtype())
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(config.model)
-
-
-def _measure_layers(run: _Run, config: EvaluateConfig) -> None:
+def _measure_layers(run: _Run, load: Callable[[], tuple[Any, Any]]) -> None:
     """Adds what is missing to the folder's divergences, a condition at a time."""
     evaluation = run.evaluation
     path, found = evaluation.folder / LAYERS, evaluation.layers()
     todo = [each for each in run.conditions if each != CLEAN and each.name not in found]
     if not todo:
         return
-    model, processor = _load(config)
+    model, processor = load()
     with progress_bar((1 + len(todo)) * len(evaluation.samples), "states of layers") as bar:
         clean, *shifted = (
             partial(layer_states, model, processor, evaluation.batches, each, run.asking, bar.update)

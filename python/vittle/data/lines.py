@@ -42,17 +42,73 @@ def read_list(path: Path) -> Iterator[tuple[str, Record]]:
     Raises:
         UserError: the file cannot be read, or is no list of objects.
     """
+    yield from records_of(read_json(path), path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
-    if not isinstance(records, list):
-        raise UserError(f"{path} holds {shown(records)}; must be a list of records")
-    for number, record in enumerate(records):
+
+
+def records_of(found: object, path: Path) -> Iterator[tuple[str, Record]]:
+    """Each record of a list after its place in the file.
+
+    Raises:
+        UserError: it is no list of objects.
+    """
+    if not isinstance(found, list):
+        raise UserError(f"{path} holds {shown(found)}; must be a list of records")
+    for number, record in enumerate(found):
         place = f"{path}, record {number}"
         if not isinstance(record, dict):
             raise UserError(f"{place} is {shown(record)}; must be an object")
         yield place, record
+
+
+def integer_of(record: Mapping[str, Any], name: str, place: str) -> int:
+    """A field that must hold an integer.
+
+    Raises:
+        UserError: it does not.
+    """
+    value = record.get(name)
+    if type(value) is not int:
+        found = "missing" if name not in record else shown(value)
+        raise UserError(f"{place}: `{name}` is {found}; must be an integer")
+    return value
+
+
+def object_of(record: Mapping[str, Any], name: str, place: str) -> Record:
+    """A field that must hold an object.
+
+    Raises:
+        UserError: it does not.
+    """
+    value = record.get(name)
+    if not isinstance(value, dict):
+        found = "missing" if name not in record else shown(value)
+        raise UserError(f"{place}: `{name}` is {found}; must be an object")
+    return value
+
+
+def texts_of(record: Mapping[str, Any], name: str, place: str) -> list[str]:
+    """A field that must hold a list of texts, at least one.
+
+    Raises:
+        UserError: it does not.
+    """
+    value = record.get(name)
+    if not (isinstance(value, list) and value and all(isinstance(each, str) and each for each in value)):
+        found = "missing" if name not in record else shown(value)
+        raise UserError(f"{place}: `{name}` is {found}; must be a list of texts")
+    return value
 
 
 def text_of(record: Mapping[str, Any], name: str, place: str) -> str:

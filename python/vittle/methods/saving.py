@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     write_json(folder / CONFIG, {"format": FORMAT, **settings})
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Whole or not at all; numbers that JSON does not know become null."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

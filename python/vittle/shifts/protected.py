@@ -20,8 +20,10 @@ _MARKER = re.compile(r"<[^\s<>][^<>\n]{0,40}>|\{\w+#\w+\}")
 # A line such as `A. cat`, `(B) dog` or `C: bird`: an option where the text has such lines for A and for B.
 _LETTERED = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+\S.*$", re.M)
 
-# The rest of a line from `(A) cat (B) dog` or from `Options:` on.
-_LISTED = re.compile(r"(?<!\S)(?:\(A\) .*?(?<!\S)\(B\) |(?:Options|Choices|Choice list|Answer choices):).*$", re.M)
+# The rest of a line from `(A) cat (B) dog` or from `Options:` on; DEMON's `Choice list:` follows a word closely.
+_LISTED = re.compile(
+    r"(?:(?<!\S)(?:\(A\) .*?(?<!\S)\(B\) |(?:Options|Choices|Answer choices):)|Choice [Ll]ist:).*$", re.M
+)
 
 # Up to the end of the line, or to a full stop or the like, in any script, before white space; ideographic ones
 # need none. A Greek question ends in a semicolon, here before a Latin capital. "e.g." and "i.e." end nothing, and

@@ -14,11 +14,19 @@ from vittle.tasks.open_qa import LlavaBench
 from vittle.tasks.pope import Pope
 from vittle.tasks.task import Sample, Task
 
+
+def _demon(data: Path, images: Path) -> Task:
+    from vittle.tasks.demon import Demon  # which needs what the other tasks do not
+
+    return Demon(data)
+
+
 TASKS: Mapping[str, Callable[[Path, Path], Task]] = {
     "pope": Pope,
     "pope-strict": lambda data, images: Pope(data, images, rule="strict"),
     "mme": lambda data, images: Mme(data),
     "choice": Choice,
+    "demon": _demon,
     "llava-bench": LlavaBench,
     "exact": Exact,
 }

@@ -47,7 +47,7 @@ class Task(ABC):
         UserError: there are no samples, or two with the same id.
     """
 
-    headline: ClassVar[str]
+    headline: str
     """The metric that tables, plots and comparisons lead with: the higher the better."""
     max_new_tokens: ClassVar[int] = 128
     is_judged: ClassVar[bool] = False
