@@ -101,46 +101,8 @@ class Endpoint:
         raise UserError(f"{self._told(what, failure)}; what is done is kept: run the same command to go on")
 
     def each(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-        """Items and what the work, which asks this endpoint, makes of them: several at once, in the order of the ends.
-
-        Where one fails, or nobody waits for the rest, no request begins any more, and what ends meanwhile still comes.
-
-        Raises:
-            UserError: as the work that failed first.
-        """
-        todo, ended = iter(list(items)), SimpleQueue[tuple[T, R | None, Exception | None] | None]()
-
-        def serve() -> None:
-            while not self._stopped.is_set():
-                with self._lock:
-                    item = next(todo, _END)
-                if item is _END:
-                    break
-                try:
-                    ended.put((item, work(item), None))  # type: ignore[arg-type]
-                except Exception as error:
-                    ended.put((item, None, error))  # type: ignore[arg-type]
-            ended.put(None)
-
-        for _ in range(AT_ONCE):
-            threading.Thread(target=serve, daemon=True).start()  # who interrupts us does not wait for an answer
-        serving, failure = AT_ONCE, None
-        try:
-            while serving:
-                if (end := ended.get()) is None:
-                    serving -= 1
-                    continue
-                item, result, error = end
-                if error is None:
-                    yield item, result  # type: ignore[misc]
-                else:
-                    failure = failure or error
-                    self._stopped.set()
-        except BaseException:
-            self._stopped.set()
-            raise
-        if failure is not None:
-            raise failure
+        """:func:`each`, where the work asks this endpoint: no request of it begins either once one has failed."""
+        return each(work, items, self._stopped)
 
     def _answer(self, messages: Any, max_tokens: int) -> str:
         try:
@@ -162,6 +124,54 @@ class Endpoint:
         if self._key:
             reason = reason.replace(self._key, "***")
         return f"endpoint {self.url} {what} ({reason[:200]})"
+
+
+def each(work: Callable[[T], R], items: Iterable[T], stopped: threading.Event) -> Iterator[tuple[T, R]]:
+    """Items and what the work makes of them, several at once, in the order in which they end.
+
+    Where one fails, or nobody waits for the rest, ``stopped`` is set and none begins any more; what ends after a
+    failure still comes.
+
+    Raises:
+        Exception: of the work that failed first.
+    """
+    todo, ended, lock = (
+        iter(list(items)),
+        SimpleQueue[tuple[T, R | None, BaseException | None] | None](),
+        threading.Lock(),
+    )
+
+    def serve() -> None:
+        while not stopped.is_set():
+            with lock:
+                item = next(todo, _END)
+            if item is _END:
+                break
+            try:
+                ended.put((item, work(item), None))  # type: ignore[arg-type]
+            except BaseException as error:
+                ended.put((item, None, error))  # type: ignore[arg-type]
+        ended.put(None)
+
+    for _ in range(AT_ONCE):
+        threading.Thread(target=serve, daemon=True).start()  # who interrupts us does not wait for an answer
+    serving, failure = AT_ONCE, None
+    try:
+        while serving:
+            if (end := ended.get()) is None:
+                serving -= 1
+                continue
+            item, result, error = end
+            if error is None:
+                yield item, result  # type: ignore[misc]
+            else:
+                failure = failure or error
+                stopped.set()
+    except BaseException:
+        stopped.set()
+        raise
+    if failure is not None:
+        raise failure
 
 
 class _NonsenseError(Exception):

@@ -23,7 +23,7 @@ from vittle.evaluate import Answer, Asking, ask, batches, progress_bar
 from vittle.judge import Verdict, judge
 from vittle.locks import alone_in
 from vittle.methods.saving import write_json
-from vittle.metrics.layers import layer_jsd, layer_states
+from vittle.metrics.layers import LayerJSD, layer_states
 from vittle.models import fingerprint, load_processor, load_tuned, quiet
 from vittle.shifts import CLEAN, Condition, parse_conditions, text_shift
 from vittle.shifts.text import SYNONYM_SHIFTS
@@ -143,6 +143,7 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """The metrics under every condition whose answers, and verdicts if it is judged, are all there."""
         conditions, broken = dict[str, dict[str, Any]](), dict[str, str]()
+        judge_failures: dict[str, dict[str, int]] = {}
         for condition in self.conditions:
             answers = self.answers(condition)
             if len(answers) < len(self.samples):
@@ -160,8 +161,9 @@ class Evaluation:
                 "metrics": self.task.score(scored),
                 "groups": {group: self.task.score(scored, group) for group in self.task.groups if group in groups},
             }
-            if self.task.is_judged:
-                conditions[condition.name]["judge_failures"] = sum(each.failures for each in scored.values())
+            if self.task.is_judged and (replies := sum(each.failures for each in scored.values())):
+                unjudged = sum(not self.task.is_scored(each) for each in scored.values())
+                judge_failures[condition.name] = {"answers": unjudged, "replies": replies}
         headline = self.task.headline
         means = {
             group: [each["metrics"][headline] for each in conditions.values() if each["group"] == group]
@@ -173,6 +175,7 @@ class Evaluation:
             "means": {group: sum(values) / len(values) for group, values in means.items() if values},
             "conditions": conditions,
             "layer_jsd": self.layers(),
+            "judge_failures": judge_failures,
             "broken": broken,
         }
 
@@ -378,9 +381,9 @@ def _measure_layers(run: _Run, load: Callable[[], tuple[Any, Any]]) -> None:
             partial(layer_states, model, processor, evaluation.batches, each, run.asking, bar.update)
             for each in (CLEAN, *todo)
         )
-        states = clean()
-        for condition, measure in zip(todo, shifted, strict=True):
-            found[condition.name] = layer_jsd(states, measure())
+        measured = LayerJSD(clean())
+        for condition, states in zip(todo, shifted, strict=True):
+            found[condition.name] = measured(states())
             _write(path, found)
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vittle.data.llava import MARKER, decode
 from vittle.errors import UserError
 from vittle.evaluation import SUMMARY, Evaluation, open_evaluation
 from vittle.shifts import Condition
-from vittle.tables import grid, table
+from vittle.tables import grid, languages, table
 from vittle.tasks import Sample
 
 REPORT = "report.html"
@@ -99,7 +100,7 @@ def _plots(summary: Mapping[str, Any]) -> Iterator[Plot]:
         yield Plot("How far shifts move the states", text, _layers(jsd))
 
 
-def _curves(curves: Mapping[str, Mapping[str, float]], clean: float | None) -> str:
+def _curves(curves: Mapping[str, Mapping[int, float]], clean: float | None) -> str:
     """A panel for each kind, all on one scale."""
     from matplotlib.figure import Figure
 
@@ -110,8 +111,7 @@ def _curves(curves: Mapping[str, Mapping[str, float]], clean: float | None) -> s
     for panel, (kind, row) in zip(panels, curves.items(), strict=False):
         if clean is not None:
             panel.axhline(clean, color="#5b6477", linewidth=0.9, linestyle="--")
-        severities = [int(severity) for severity in row if severity.isdigit()]
-        panel.plot(severities, [row[str(each)] for each in severities], marker="o", markersize=4, color="#1f5fbf")
+        panel.plot(list(row), list(row.values()), marker="o", markersize=4, color="#1f5fbf")
         panel.set_title(kind.replace("_", " "), fontsize=9)
     for index, panel in enumerate(figure.axes):
         panel.set_visible(index < len(curves))
@@ -157,7 +157,12 @@ def _tables(summary: Mapping[str, Any]) -> Iterator[Table]:
         if found := grid(summary, group):
             severities = sorted({each for row in found.values() for each in row})
             rows = [[kind, *(_number(row.get(each)) for each in severities)] for kind, row in found.items()]
-            yield Table(f"{group.capitalize()} shifts: {headline.replace('_', ' ')}", ["severity", *severities], rows)
+            yield Table(
+                f"{group.capitalize()} shifts: {headline.replace('_', ' ')}", ["severity", *map(str, severities)], rows
+            )
+    if found_languages := languages(summary):
+        rows = [[language, _number(value)] for language, value in found_languages.items()]
+        yield Table("Translations", ["", headline.replace("_", " ")], rows)
     joint = [
         [name, _number(each["metrics"][headline])] for name, each in conditions.items() if each["group"] == "joint"
     ]
@@ -168,6 +173,9 @@ def _tables(summary: Mapping[str, Any]) -> Iterator[Table]:
         parts = {"all": clean["metrics"], **clean["groups"]}
         rows = [[part, *(_number(metrics.get(name)) for name in names)] for part, metrics in parts.items()]
         yield Table("Clean", ["", *(name.replace("_", " ") for name in names)], rows)
+    if failures := summary.get("judge_failures"):
+        rows = [[name, str(each["answers"]), str(each["replies"])] for name, each in failures.items()]
+        yield Table("Failures of the judge", ["", "answers not judged", "replies without scores"], rows)
 
 
 def _examples(evaluation: Evaluation, summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -178,6 +186,8 @@ def _examples(evaluation: Evaluation, summary: Mapping[str, Any]) -> Iterator[di
         for condition in sorted(whole.values(), key=lambda condition: condition.name)
     }
     conditions = sorted(hardest.values(), key=evaluation.conditions.index)
+    if not conditions:
+        return
     answers = {each: {found.id: found for found in evaluation.answers(each)} for each in conditions}
     scored = {each: evaluation.scored(each) for each in conditions}
 
@@ -187,8 +197,9 @@ def _examples(evaluation: Evaluation, summary: Mapping[str, Any]) -> Iterator[di
         return evaluation.task.worth(sample, scored[condition][sample.id])
 
     def loss(sample: Sample) -> float:
-        first = conditions[0]
-        return worth(first, sample) - sum(worth(each, sample) for each in conditions) / len(conditions)
+        first, *others = (worth(each, sample) for each in conditions)
+        judged = [each for each in others if not isnan(each)]
+        return -inf if isnan(first) or not judged else first - sum(judged) / len(judged)
 
     whole_ones = [sample for sample in evaluation.samples[:500] if all(sample.id in each for each in scored.values())]
     for sample in sorted(whole_ones, key=loss, reverse=True)[:EXAMPLES]:
@@ -196,14 +207,14 @@ def _examples(evaluation: Evaluation, summary: Mapping[str, Any]) -> Iterator[di
         for condition in conditions:
             answer, value = answers[condition][sample.id], worth(condition, sample)
             text = (answer.text or "(nothing)")[:_TEXT]
-            mark = f"{value:.0f}: " if evaluation.task.is_judged else ""
+            mark = ("not judged: " if isnan(value) else f"{value:.0f}: ") if evaluation.task.is_judged else ""
             looks.append(
                 {
                     "condition": condition.name,
                     "image": _thumbnail(sample, condition, evaluation.settings["seed"]),
                     "question": "" if condition.text is None else _plain(answer.question),
                     "answer": mark + text,
-                    "verdict": "right" if value >= 100 else "wrong",
+                    "verdict": "" if isnan(value) else "right" if value >= 100 else "wrong",
                 }
             )
         yield {"question": _plain(sample.question), "reference": sample.reference[:_TEXT], "looks": looks}

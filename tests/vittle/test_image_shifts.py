@@ -64,7 +64,38 @@ def test_there_are_sixteen() -> None:
         "gaussian_noise shot_noise impulse_noise speckle_noise defocus_blur glass_blur motion_blur zoom_blur "
         "snow frost fog brightness contrast pixelate elastic_transform jpeg_compression".split()
     )
-    assert all(len(values) == 5 for _, constants in IMAGE_SHIFTS.values() for values in constants.values())
+
+
+PUBLISHED = """
+gaussian_noise .08 .12 .18 .26 .38
+shot_noise 60 25 12 5 3
+impulse_noise .03 .06 .09 .17 .27
+speckle_noise .15 .2 .35 .45 .6
+defocus_blur 3,.1 4,.5 6,.5 8,.5 10,.5
+glass_blur .7,1,2 .9,2,1 1,2,3 1.1,3,2 1.5,4,2
+motion_blur 10,3 15,5 15,8 15,12 20,15
+zoom_blur 1.11,.01 1.16,.01 1.21,.02 1.26,.02 1.33,.03
+snow .1,.3,3,.5,10,4,.8 .2,.3,2,.5,12,4,.7 .55,.3,4,.9,12,8,.7 .55,.3,4.5,.85,12,8,.65 .55,.3,2.5,.85,12,12,.55
+frost 1,.4 .8,.6 .7,.7 .65,.7 .6,.75
+fog 1.5,2 2,2 2.5,1.7 2.5,1.5 3,1.4
+brightness .1 .2 .3 .4 .5
+contrast .4 .3 .2 .1 .05
+pixelate .6 .5 .4 .3 .25
+elastic_transform 2,.7,.1 2,.08,.2 .05,.01,.02 .07,.01,.02 .12,.01,.02
+jpeg_compression 25 18 15 10 7
+"""
+"""MM_Robustness's constants, severities 1 to 5; elastic_transform's are in units of 244 pixels."""
+
+
+@pytest.mark.parametrize("line", PUBLISHED.strip().splitlines())
+def test_the_constants_are_the_published_ones(line: str) -> None:
+    kind, *severities = line.split()
+    published = [[float(number) for number in severity.split(",")] for severity in severities]
+    _, constants = IMAGE_SHIFTS[kind]
+    unit = 244 if kind == "elastic_transform" else 1
+    assert [list(at) for at in zip(*constants.values(), strict=True)] == [
+        pytest.approx([unit * number for number in at], rel=1e-12) for at in published
+    ]
 
 
 @pytest.mark.parametrize("kind", IMAGE_SHIFTS)

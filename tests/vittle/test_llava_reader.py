@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vittle.data.llava import LlavaDataset, Record, parse_record
+from vittle.data.llava import LlavaDataset, Record, decode, parse_record
 from vittle.errors import UserError
 
 
@@ -292,3 +293,33 @@ def test_an_error_in_a_worker_stays_one_line(folder: Path) -> None:
         list(DataLoader(LlavaDataset(path, folder), num_workers=1))
     assert str(refusal.value).startswith(f'{path}: record 0 (id "r"): image {folder / "noise.jpg"} cannot be')
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "suffix", "expected"),
+    [
+        ("I;16", 257 * 77, "png", (77, 77, 77)),
+        ("I;16", 257 * 77, "tif", (77, 77, 77)),
+        ("I", 77, "tif", (77, 77, 77)),
+        ("F", 0.2, "tif", (51, 51, 51)),
+        ("1", 1, "png", (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 0), "png", (10, 20, 30)),
+        ("LA", (77, 0), "png", (77, 77, 77)),
+        ("CMYK", (0, 255, 255, 0), "tif", (255, 0, 0)),
+    ],
+)
+def test_any_mode_is_decoded_as_the_shifts_read_it(
+    mode: str, value: Any, suffix: str, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / f"image.{suffix}"
+    Image.new(mode, (3, 2), value).save(file)
+    decoded = decode(file)
+    assert (decoded.mode, decoded.size, decoded.getpixel((1, 1))) == ("RGB", (3, 2), expected)
+
+
+def test_a_palettes_transparency_is_dropped_without_a_warning(tmp_path: Path) -> None:
+    palette = Image.new("RGB", (3, 3), (10, 20, 30)).quantize(2)
+    palette.save(tmp_path / "image.png", transparency=bytes([0, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(tmp_path / "image.png").getpixel((1, 1)) == palette.convert("RGB").getpixel((1, 1))

@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -242,6 +243,45 @@ def test_what_is_the_text_itself_is_not_protected(text: str) -> None:
 @pytest.mark.parametrize("question", ["Τι είναι αυτό;", "ما هذا؟", "यह क्या है।", "图中有什么？", "이것은 무엇입니까?"])
 def test_a_suffix_follows_a_question_in_any_script(question: str) -> None:
     assert kept(f"{question} Please answer in English.") == ["Please answer in English."]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What" + " " * 40_000,
+        "(A) " * 10_000,
+        "a" + "." * 40_000 + "x",
+        "What is it? " + "only " * 40 + "x",
+        "<image>" * 10_000,
+        " " * 10_000 + "What? " + "Answer yes or no. " * 4_000,
+    ],
+    ids=["spaces", "options", "stops", "adverbs", "markers", "instructions"],
+)
+def test_time_is_linear_in_the_text(text: str) -> None:
+    start = time.process_time()
+    protected_spans(text)
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Is it (A) a cat (A) a dog? (B) no\n(A) alone\n(B) alone (A) last",
+            ["(A) a cat (A) a dog? (B) no", "(A) alone", "(B) alone (A) last"],
+        ),
+        ("Which? Choices: x (A) y (B) z", ["Choices: x (A) y (B) z"]),
+        ("(A) x Options: y (B) z", ["(A) x Options: y (B) z"]),
+        ("What is  Please  answer yes or no", ["Please  answer yes or no"]),
+        ("Say please  Please   Answer yes or no", ["Answer yes or no"]),
+        ("Who, e.g.. Answer yes or no.", ["Answer yes or no."]),
+        ("Who, e.g. Only answer yes or no.", []),
+        ("Who? ... Only just kindly answer yes or no", ["Only just kindly answer yes or no"]),
+        ("Answer yes or no.\n<image> What is it? Answer yes or no.", ["<image>", "Answer yes or no."]),
+    ],
+)
+def test_what_is_protected_where_stops_and_spaces_repeat(text: str, expected: list[str]) -> None:
+    assert kept(text) == expected
 
 
 def test_an_instruction_before_the_text_is_text() -> None:

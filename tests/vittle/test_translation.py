@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,11 @@ class Model:
         return f" {user.upper()}\n"
 
 
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vittle.endpoint.AT_ONCE", 1)
+
+
 def write(path: Path, *lines: object) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     return path
@@ -71,6 +79,10 @@ def test_names_a_missing_pair(id: str, language: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (
+            '{"id": 1, "language": "../../x", "text": "y"}',
+            r': `language` is "\.\./\.\./x"; it must be a name of at most 40 letters, digits and ` -_\(\)\.`',
+        ),
         ('{"id": 7, "language"', " is not JSON: .*"),
         ("[1]", r" is \[1\]; must be an object"),
         ('{"language": "German", "text": "x"}', ": `id` is missing; must be a string or an integer"),
@@ -103,6 +115,7 @@ def test_refuses_files_that_cannot_be_used(tmp_path: Path) -> None:
         translate(PROMPTS, "German", Model(), tmp_path)
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_sends_what_is_not_protected(tmp_path: Path) -> None:
     model = Model()
     translations = translate(PROMPTS, "German", model, tmp_path / "t.jsonl")
@@ -143,11 +156,15 @@ def test_adds_what_the_file_does_not_have(tmp_path: Path) -> None:
     assert model.sent == ["Who?", "Where?"]
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_each_line_is_written_as_it_comes(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     seen = []
 
     def complete(system: str, user: str) -> str:
+        deadline = time.monotonic() + 10
+        while path.read_bytes().count(b"\n") < len(seen) and time.monotonic() < deadline:
+            time.sleep(0.01)
         seen.append(path.read_bytes().count(b"\n"))
         return "Wo?"
 
@@ -155,6 +172,7 @@ def test_each_line_is_written_as_it_comes(tmp_path: Path) -> None:
     assert seen == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     whole = tmp_path / "whole.jsonl"
     translate(PROMPTS, "German", Model(), whole)
@@ -168,6 +186,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert path.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_a_run_goes_on_from_any_byte(tmp_path: Path) -> None:
     prompts = {1: "Wo?", 2: "schön", 3: "図"}
     whole = translate(prompts, "German", Model(), tmp_path / "whole.jsonl").path.read_bytes()
@@ -201,9 +220,89 @@ def test_a_bad_last_line_that_is_whole_is_not_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("answer", ["", " \n", None])
 def test_refuses_an_empty_answer(answer: str, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
-    with pytest.raises(UserError, match=r'the German text of id "a" is .*; it must be text'):
+    with pytest.raises(UserError, match=r'the German text of id "[abc]" is .*; it must be text'):
         translate(PROMPTS, "German", lambda system, user: answer, path)
     assert path.read_bytes() == b""
+
+
+BAD_NAMES = ["..", ".", "a/b", "a\\b", "German+frost", "a:b", "a\nb", "a\0b", "*", "x" * 41]
+
+
+@pytest.mark.parametrize("language", BAD_NAMES)
+def test_a_language_names_files(language: str, tmp_path: Path) -> None:
+    message = "it must be a name of at most 40 letters, digits and ` -_().`"
+    path = write(tmp_path / "t.jsonl", {"id": 1, "language": language, "text": "x"})
+    with pytest.raises(UserError, match=rf"t\.jsonl, line 1: `language` is .*; {re.escape(message)}$"):
+        Translations.read(path)
+    model = Model()
+    with pytest.raises(UserError, match=rf"^the language is .*; {re.escape(message)}$"):
+        translate(PROMPTS, language, model, tmp_path / "new.jsonl")
+    assert not model.sent and not (tmp_path / "new.jsonl").exists()
+
+
+@pytest.mark.parametrize("language", ["Chinese (Simplified)", "pt-BR", "हिन्दी", "Ελληνικά", "St. Lucian_2", "²"])
+def test_plain_names_of_languages(language: str, tmp_path: Path) -> None:
+    assert translate({1: "Wo?"}, language, Model(), tmp_path / "t.jsonl").languages == [language]
+
+
+def test_eight_requests_are_under_way(tmp_path: Path) -> None:
+    """None is answered until eight have come; each is written as it comes, whatever the order."""
+    together, seen = threading.Barrier(8), list[int]()
+
+    def complete(system: str, user: str) -> str:
+        together.wait(10)
+        if int(user) % 8 == 0:  # the first of each eight waits for the others
+            for _ in range(100):
+                if (lines := (tmp_path / "t.jsonl").read_bytes().count(b"\n")) >= int(user) + 7:
+                    break
+                time.sleep(0.05)
+            seen.append(lines)
+        return f"Nr. {user}"
+
+    prompts = {number: str(number) for number in range(16)}
+    translations = translate(prompts, "German", complete, tmp_path / "t.jsonl")
+    assert {number: translations.text(number, "German") for number in prompts} == {i: f"Nr. {i}" for i in prompts}
+    assert seen == [7, 15]
+
+
+def test_a_failure_stops_what_has_not_begun_and_keeps_what_ends(tmp_path: Path) -> None:
+    sent, path = [], tmp_path / "t.jsonl"
+
+    def complete(system: str, user: str) -> str:
+        sent.append(user)
+        if user == "3":
+            raise UserError("endpoint down")
+        time.sleep(0.3)
+        return f"Nr. {user}"
+
+    prompts = {str(number): str(number) for number in range(60)}
+    with pytest.raises(UserError, match="endpoint down"):
+        translate(prompts, "German", complete, path)
+    kept = {json.loads(line)["id"] for line in path.read_text().splitlines()}
+    assert kept == set(sent) - {"3"} and 7 <= len(kept) < 20
+    model = Model()
+    translate(prompts, "German", model, path)
+    assert set(model.sent) == set(prompts) - kept
+
+
+def test_a_bar_tells_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    translate({1: "Wo?", 2: "Wer?"}, "A language with a long name, of 40 chars"[:40].replace(",", ""), Model(),
+              tmp_path / "t.jsonl")  # fmt: skip
+    shown = capsys.readouterr().err
+    assert "A language with a long n" in shown and "0/2" in shown
+    assert max(map(len, re.split(r"[\r\n]", shown))) <= 80
+
+
+def test_an_added_marker_is_asked_about_once_more(tmp_path: Path) -> None:
+    answers = iter(["<image> Was?", "Was?"])
+    path = tmp_path / "t.jsonl"
+    translations = translate({"a": "<image>\nWhat?"}, "German", lambda system, user: next(answers), path)
+    assert translations.text("a", "German") == "<image>\nWas?"
+    with pytest.raises(UserError) as caught:
+        translate({"b": "<image>\nWho?"}, "German", lambda system, user: "<image> Wer?", path)
+    told = 'the German text of id "b" has 2 <image> marker(s) at both tries; must have 1, as the prompt'
+    assert str(caught.value) == told
+    assert len(path.read_bytes().splitlines()) == 1
 
 
 @pytest.mark.parametrize(("prompts", "language", "message"), [

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from vittle.data.index import Index, read_record, scan
 from vittle.data.lines import whole_characters
 from vittle.errors import UserError, shown
+from vittle.pictures import rgb
 
 MARKER = "<image>"
 
@@ -265,9 +266,14 @@ def parts(turn: str) -> list[dict[str, str]]:
 
 
 def decode(file: Path) -> Image.Image:
+    """An image file's picture in 8-bit RGB.
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return rgb(image)
     except Exception as error:  # Pillow's decoders raise many types for a broken file
         raise UserError(f"image {file} cannot be decoded ({error}); it must be a whole image file") from error
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from vittle.errors import UserError, must_be_at_least
 from vittle.metrics.embeddings import must_be_embeddings, read_tensors, write_tensors
@@ -99,6 +101,33 @@ class CLUB(nn.Module):
             UserError: an argument is not as it must be.
         """
         self._must_fit(x, y)
+        return self.fit_drawn(
+            lambda rows: (x[rows.to(x.device)], y[rows.to(y.device)]), len(x),
+            steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        )  # fmt: skip
+
+    def fit_drawn(
+        self,
+        draw: Callable[[Tensor], tuple[Tensor, Tensor]],
+        count: int,
+        *,
+        steps: int = 2000,
+        batch_size: int = 2048,
+        learning_rate: float = 1e-3,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Self:
+        """As :func:`fit`, of rows that need not be in memory.
+
+        Args:
+            draw: x and y of rows by their numbers, in any order.
+            count: of the rows.
+            steps: as :func:`fit` takes it, like those below.
+            batch_size: likewise.
+            learning_rate: likewise.
+            seed: likewise.
+            progress: whether a bar shows.
+        """
         must_be_at_least(steps=(steps, 1), batch_size=(batch_size, 1))
         if not 0 < learning_rate < math.inf:
             raise UserError(f"learning_rate is {learning_rate}; must be a number above 0")
@@ -106,13 +135,12 @@ class CLUB(nn.Module):
             torch.default_generator.manual_seed(seed)
             self.load_state_dict(CLUB(self.x_dim, self.y_dim, self.hidden_size).state_dict())
         weight = next(self.parameters())
-        x, y = x.to(weight), y.to(weight)
         batches = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam(self.parameters(), learning_rate)
-        for _ in range(steps):
-            rows = torch.randperm(len(x), generator=batches)[:batch_size].to(x.device)
+        for _ in tqdm(range(steps), "training CLUB", unit="step", ncols=80, leave=False, disable=not progress):
+            x, y = draw(torch.randperm(count, generator=batches)[:batch_size])
             optimizer.zero_grad()
-            self.loss(x[rows], y[rows]).backward()
+            self.loss(x.to(weight), y.to(weight)).backward()
             optimizer.step()
         return self
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vittle.errors import UserError
+
+Embedder = Callable[[Sequence[Any]], Tensor]
+"""Of a batch of images, or of texts: (batch, d)."""
 
 MAX_TOKENS = 512
 """Of a text; the rest is cut."""
@@ -45,12 +48,17 @@ def embed_images(
     Raises:
         UserError: there is no such encoder, it has no patches, or there are no images.
     """
+    return embed(images, image_embedder(encoder, device), batch_size, "image", progress)
+
+
+def image_embedder(encoder: str | os.PathLike[str], device: str | torch.device | None = None) -> Embedder:
+    """An image encoder, loaded once, as what embeds a batch; as :func:`embed_images`, not yet normalised."""
     model, processor = _load(encoder, "AutoImageProcessor", "an image encoder", device)
     tower = getattr(model, "vision_model", model)
     size = getattr(tower.config, "patch_size", None)
     height, width = size if isinstance(size, Sequence) else (size, size)
 
-    def embed(batch: Sequence[Image.Image]) -> Tensor:
+    def embedded(batch: Sequence[Image.Image]) -> Tensor:
         pixels = processor([image.convert("RGB") for image in batch], return_tensors="pt")["pixel_values"]
         states = tower(pixel_values=pixels.to(model.device), output_hidden_states=True).hidden_states[-1]
         patches = (pixels.shape[-2] // height) * (pixels.shape[-1] // width) if height and pixels.dim() == 4 else 0
@@ -59,7 +67,7 @@ def embed_images(
             raise UserError(f"encoder is {str(encoder)!r}, a {kind}; must end in a token for each patch")
         return states[:, -patches:].mean(1)
 
-    return _embed(images, embed, batch_size, "image", progress)
+    return embedded
 
 
 def embed_texts(
@@ -89,13 +97,18 @@ def embed_texts(
     """
     if isinstance(texts, str):
         raise UserError("texts is one string; must be a list of them")
+    return embed(texts, text_embedder(encoder, device), batch_size, "text", progress)
+
+
+def text_embedder(encoder: str | os.PathLike[str], device: str | torch.device | None = None) -> Embedder:
+    """A text encoder, loaded once, as what embeds a batch; as :func:`embed_texts`, not yet normalised."""
     model, tokenizer = _load(encoder, "AutoTokenizer", "a text encoder", device)
     tower = getattr(model, "text_model", model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     longest = min(MAX_TOKENS, tokenizer.model_max_length)
     stand_in = "" if len(tokenizer("")["input_ids"]) > 1 else tokenizer.eos_token or ""
 
-    def embed(batch: Sequence[str]) -> Tensor:
+    def embedded(batch: Sequence[str]) -> Tensor:
         tokens = tokenizer(
             [text or stand_in for text in batch], padding=True, padding_side="right",
             truncation=True, max_length=longest, return_attention_mask=True, return_tensors="pt",
@@ -109,50 +122,61 @@ def embed_texts(
             raise UserError(f"texts has {text!r}, of no token; must have one, beside that which begins all texts")
         return (states[:, first:] * kept).sum(1) / counts
 
-    return _embed(texts, embed, batch_size, "text", progress)
+    return embedded
 
 
 def _load(encoder: str | os.PathLike[str], inputs: str, name: str, device: Any) -> tuple[Any, Any]:
     """An encoder in eval mode and what prepares its inputs."""
     import transformers  # takes seconds, which the numbers of embeddings need not wait for
 
+    from vittle.models import quiet
+
     try:
-        prepares = getattr(transformers, inputs).from_pretrained(encoder)
-        model = transformers.AutoModel.from_pretrained(encoder, dtype=torch.float32, use_safetensors=True)
+        with quiet():
+            prepares = getattr(transformers, inputs).from_pretrained(encoder)
+            model = transformers.AutoModel.from_pretrained(encoder, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"encoder is {str(encoder)!r}; must be a folder or Hub id of {name}: {reason}") from error
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), prepares
 
 
-def _embed(
-    items: Iterable[Any], embed: Callable[[Sequence[Any]], Tensor], batch_size: int, unit: str, progress: bool
+def embed(
+    items: Iterable[Any], embedder: Embedder, batch_size: int = 32, unit: str = "item", progress: bool = False
 ) -> Tensor:
+    """Images or texts, a batch at a time: (items, d), L2-normalised, on the CPU.
+
+    Raises:
+        UserError: there are none, or ``batch_size`` is below 1.
+    """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; must be at least 1")
     total, rows, stream = len(items) if isinstance(items, Sized) else None, [], iter(items)
     with tqdm(total=total, desc=f"{unit}s", unit=unit, ncols=80, leave=False, disable=not progress) as bar:
         while batch := list(islice(stream, batch_size)):
             with torch.no_grad():
-                rows.append(nn.functional.normalize(embed(batch), dim=-1).cpu())
+                rows.append(nn.functional.normalize(embedder(batch), dim=-1).cpu())
             bar.update(len(batch))
     if not rows:
         raise UserError(f"{unit}s is empty; must hold at least one {unit}")
     return torch.cat(rows)
 
 
-def write_embeddings(embeddings: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def write_embeddings(
+    embeddings: Mapping[str, Tensor], path: str | os.PathLike[str], origin: Mapping[str, str] | None = None
+) -> None:
     """Writes embeddings by their names to a safetensors file, whole or not at all.
 
     Args:
         embeddings: each (n, d) and floating; n, the number of samples, is the same for all.
         path: of the file, in a folder that exists.
+        origin: of what and by what they are; :func:`read_origin` reads it.
 
     Raises:
         UserError: the embeddings are not as they must be, or the file cannot be written.
     """
     _must_align(embeddings, "embeddings")
-    write_tensors(embeddings, path)
+    write_tensors(embeddings, path, origin)
 
 
 def read_embeddings(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -194,7 +218,24 @@ def must_be_embeddings(name: str, value: Tensor, least: int = 1) -> None:
         raise UserError(f"{name} has values that are not finite, first in row {int(is_finite.int().argmin())}")
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def read_origin(path: str | os.PathLike[str]) -> dict[str, str] | None:
+    """What :func:`write_embeddings` was told of a file's origin; None: nothing, or there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {}) or None
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no safetensors file, or is damaged: {error}") from error
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes a safetensors file, whole or not at all.
 
     Raises:
@@ -203,7 +244,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, partial, dict(metadata) if metadata else None)
         partial.replace(target)
     except (SafetensorError, OSError) as error:
         partial.unlink(missing_ok=True)

@@ -12,12 +12,13 @@ from torch import Tensor
 from vittle.evaluate import Asking, inputs
 from vittle.methods import peft
 from vittle.methods.bottleneck import decoder_layers, vision_ids
-from vittle.metrics.emi import representation_jsd
+from vittle.metrics.representation import Spectrum
 from vittle.shifts import Condition
 from vittle.tasks import Sample
 
 States = dict[str, Tensor]
-"""By modality, vision and text: the mean state of each sample's tokens after each layer, (layers, samples, D), fp32."""
+"""By modality, vision and text: the mean state of each sample's tokens after each layer, (layers, samples, D), in the
+model's own dtype, which is what its states are known to."""
 
 
 def layer_states(
@@ -46,18 +47,24 @@ def layer_states(
                 masks = {"vision": vision, "text": ~vision & tensors["attention_mask"].bool()}
                 for modality, mask in masks.items():
                     if (mask.any(1)).all():
-                        found[modality].append(torch.stack([_mean(state, mask) for state in states]).float().cpu())
+                        found[modality].append(torch.stack([_mean(state, mask) for state in states]).cpu())
             moved(len(answers))
     return {modality: torch.cat(parts, 1) for modality, parts in found.items() if parts}
 
 
-def layer_jsd(clean: States, shifted: States) -> dict[str, list[float]]:
-    """The representation JSD of clean and shifted states after each layer, in nats, by modality."""
-    return {
-        modality: [representation_jsd(*pair) for pair in zip(clean[modality], shifted[modality], strict=True)]
-        for modality in clean
-        if modality in shifted
-    }
+class LayerJSD:
+    """How far shifted states are from clean ones, whose entropies are worked out once for all shifts."""
+
+    def __init__(self, clean: States) -> None:
+        self._clean = {name: [Spectrum("clean", each) for each in states] for name, states in clean.items()}
+
+    def __call__(self, shifted: States) -> dict[str, list[float]]:
+        """The representation JSD after each layer, in nats, by modality."""
+        return {
+            name: [one.jsd(Spectrum("shifted", other)) for one, other in zip(clean, shifted[name], strict=True)]
+            for name, clean in self._clean.items()
+            if name in shifted
+        }
 
 
 @contextmanager

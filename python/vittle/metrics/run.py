@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,19 @@ from vittle.errors import UserError
 from vittle.evaluate import progress_bar
 from vittle.evaluation import Evaluation, open_evaluation
 from vittle.methods.saving import write_json
-from vittle.metrics.embeddings import embed_images, embed_texts, read_embeddings, write_embeddings
+from vittle.metrics.embeddings import (
+    Embedder,
+    embed,
+    image_embedder,
+    read_embeddings,
+    read_origin,
+    text_embedder,
+    write_embeddings,
+)
 from vittle.metrics.emi import CLUB, Embeddings, emid_report, load_club, save_club
+from vittle.models import fingerprint
 from vittle.shifts import CLEAN, Condition
+from vittle.tasks import Sample
 
 RESULT = "emid.json"
 EMBEDDINGS = "embeddings"
@@ -45,85 +59,192 @@ def measure(
     Raises:
         UserError: the folder holds no evaluation with clean answers, or an encoder or the file cannot be used.
     """
-    embedded, path = _embedded(folder, image_encoder, text_encoder), Path(folder) / RESULT
-    trained = load_club(club) if club is not None else _fit(list(embedded.values()), seed)
+    embedded = _Embedded(folder, image_encoder, text_encoder)
+    embedded.write()
+    trained = load_club(club) if club is not None else _fit(list(embedded), seed)
+    clean = embedded[CLEAN]
     found = {
-        condition.name: emid_report(trained, embedded[CLEAN], shifted, entropy_scale=entropy_scale)
-        for condition, shifted in embedded.items()
+        condition.name: emid_report(trained, clean, embedded[condition], entropy_scale=entropy_scale)
+        for condition in embedded.conditions
         if condition != CLEAN
     }
-    write_json(path, found)
+    write_json(Path(folder) / RESULT, found)
     return found
 
 
-def train_club(folder: str | Path, image_encoder: str, text_encoder: str, path: str | Path, *, seed: int = 0) -> None:
-    """Trains a CLUB on an evaluation's pairs, and writes it, so that it can measure others.
+def train_club(
+    folders: str | Path | Sequence[str | Path], image_encoder: str, text_encoder: str, path: str | Path, *,
+    seed: int = 0,
+) -> None:  # fmt: skip
+    """Trains a CLUB on the pairs of one or more evaluations, and writes it, so that it can measure others.
 
     Raises:
         UserError: as :func:`measure`.
     """
-    save_club(_fit(list(_embedded(folder, image_encoder, text_encoder).values()), seed), path)
+    listed = [folders] if isinstance(folders, str | Path) else folders
+    evaluations = [_Embedded(folder, image_encoder, text_encoder) for folder in listed]
+    for each in evaluations:
+        each.write()
+    save_club(_fit([embeddings for each in evaluations for embeddings in each], seed), path)
 
 
-def _embedded(folder: str | Path, image_encoder: str, text_encoder: str) -> dict[Condition, Embeddings]:
-    """Of every condition whose answers are all there."""
-    evaluation = open_evaluation(folder)
-    conditions = [each for each in evaluation.conditions if evaluation.is_answered(each)]
-    if CLEAN not in conditions or len(conditions) < 2:
-        raise UserError(f"{folder} must hold all answers to the clean questions and to shifted ones")
-    ids = _answered_everywhere(evaluation, conditions)
-    return {each: _embeddings(evaluation, each, ids, image_encoder, text_encoder) for each in conditions}
+class _Embedded:
+    """An evaluation's embeddings, a file for each condition whose answers are all there.
+
+    A file tells what it was made of; where that is other than what is here now, it is made again.
+    """
+
+    def __init__(self, folder: str | Path, image_encoder: str, text_encoder: str) -> None:
+        self.evaluation = open_evaluation(folder)
+        self.conditions = [each for each in self.evaluation.conditions if self.evaluation.is_answered(each)]
+        if CLEAN not in self.conditions or len(self.conditions) < 2:
+            raise UserError(f"{folder} must hold all answers to the clean questions and to shifted ones")
+        self.samples = _answered_everywhere(self.evaluation, self.conditions)
+        self.encoders = {
+            "image_encoder": _identity(image_encoder, "an image encoder"),
+            "text_encoder": _identity(text_encoder, "a text encoder"),
+        }
+        self._images = _Embedder(partial(image_embedder, image_encoder))
+        self._texts = _Embedder(partial(text_embedder, text_encoder))
+
+    def __getitem__(self, condition: Condition) -> Embeddings:
+        return Embeddings(**read_embeddings(self._path(condition)))
+
+    def __iter__(self) -> Iterator[Embeddings]:
+        return map(self.__getitem__, self.conditions)
+
+    def write(self) -> None:
+        """Writes the files that are missing, the clean one first: what does not change is taken from there."""
+        texts = {each: self._texts_of(each) for each in self.conditions}
+        origins = {each: self._origin(each, texts[each]) for each in self.conditions}
+        todo = [each for each in self.conditions if read_origin(self._path(each)) != origins[each]]
+        if not todo:
+            return
+        with progress_bar(len(todo) * len(self.samples), "embedding") as bar:
+            for condition in [CLEAN, *(each for each in todo if each != CLEAN)]:
+                path = self._path(condition)
+                path.parent.mkdir(exist_ok=True)
+                if condition in todo:
+                    bar.set_description(f"embedding {condition.name}"[:24])
+                    found = {"visual": self._images(self._images_of(condition, bar.update))}
+                    found |= {
+                        name: self._texts((text, partial(_given, text)) for text in own)
+                        for name, own in texts[condition].items()
+                    }
+                    write_embeddings(found, path, origins[condition])
+                if condition == CLEAN:
+                    clean = read_embeddings(path)
+                    self._images.keep([str(sample.images[0]) for sample in self.samples], clean["visual"])
+                    for name, own in texts[CLEAN].items():
+                        self._texts.keep(own, clean[name])
+
+    def _path(self, condition: Condition) -> Path:
+        return self.evaluation.folder / EMBEDDINGS / f"{condition.file_name}.safetensors"
+
+    def _texts_of(self, condition: Condition) -> dict[str, list[str]]:
+        answers = {each.id: each for each in self.evaluation.answers(condition)}
+        own = [answers[sample.id] for sample in self.samples]
+        return {
+            "text": [_plain(each.question) for each in own],
+            "response": [_plain(each.text or "") for each in own],
+            "reference": [_plain(sample.reference) for sample in self.samples],
+        }
+
+    def _images_of(self, condition: Condition, moved: Callable[[int], Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """The first image of each sample after what tells it from others: its file, or its pixels if it is shifted."""
+        for sample in self.samples:
+            moved(1)
+            file = sample.images[0]
+            if condition.image is None:
+                yield str(file), partial(decode, file)
+            else:
+                image = condition.images([decode(file)], sample.id, self.evaluation.settings["seed"])[0]
+                digest = hashlib.sha256(image.tobytes()).hexdigest()
+                yield f"{image.size} {digest}", partial(_given, image)
+
+    def _origin(self, condition: Condition, texts: Mapping[str, list[str]]) -> dict[str, str]:
+        samples = [(sample.id, sample.images[0].name) for sample in self.samples]
+        told = json.dumps([condition.name, self.evaluation.settings["seed"], samples, texts])
+        return {**self.encoders, "samples": hashlib.sha256(told.encode()).hexdigest()}
 
 
-def _answered_everywhere(evaluation: Evaluation, conditions: list[Condition]) -> list[str]:
+class _Embedder:
+    """Embeds each content once in a call, and what it keeps not again; its encoder is loaded when it is first used."""
+
+    def __init__(self, load: Callable[[], Embedder]) -> None:
+        self._load = load
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, items: Iterable[tuple[str, Callable[[], Any]]]) -> Tensor:
+        """Of items that come after what tells them apart."""
+        keys, new = list[str](), dict[str, int]()
+
+        def unknown() -> Iterator[Any]:
+            for key, item in items:
+                keys.append(key)
+                if key not in self._kept and key not in new:
+                    new[key] = len(new)
+                    yield item()
+
+        stream = unknown()
+        first = list(islice(stream, 1))
+        rows = embed(chain(first, stream), self._encoder) if first else torch.empty(0)
+        return torch.stack([rows[new[key]] if key in new else self._kept[key] for key in keys])
+
+    def keep(self, keys: Iterable[str], rows: Tensor) -> None:
+        self._kept.update(zip(keys, rows, strict=True))
+
+    @cached_property
+    def _encoder(self) -> Embedder:
+        return self._load()
+
+
+def _answered_everywhere(evaluation: Evaluation, conditions: list[Condition]) -> list[Sample]:
     """The samples that have an answer under all conditions."""
-    answered = [
-        {each.id for each in evaluation.answers(condition) if each.text is not None} for condition in conditions
-    ]
-    ids = [sample.id for sample in evaluation.samples if all(sample.id in each for each in answered)]
-    if bare := [id for id in ids if not evaluation.task.by_id[id].images]:
+    ids = set.intersection(
+        *({each.id for each in evaluation.answers(condition) if each.text is not None} for condition in conditions)
+    )
+    samples = [sample for sample in evaluation.samples if sample.id in ids]
+    if bare := [sample.id for sample in samples if not sample.images]:
         raise UserError(f"sample {bare[0]} has no image; EMI is of questions about images")
-    if len(ids) < 2:
-        raise UserError(f"{len(ids)} samples have answers under all conditions; must be at least 2")
-    return ids
+    if len(samples) < 2:
+        raise UserError(f"{len(samples)} samples have answers under all conditions; must be at least 2")
+    return samples
 
 
-def _embeddings(
-    evaluation: Evaluation, condition: Condition, ids: list[str], image_encoder: str, text_encoder: str
-) -> Embeddings:
-    """Of one condition, from their file if they are there."""
-    path = evaluation.folder / EMBEDDINGS / f"{condition.file_name}.safetensors"
-    if path.exists():
-        return Embeddings(**read_embeddings(path))
-    answers = {each.id: each for each in evaluation.answers(condition)}
-    samples = [evaluation.task.by_id[id] for id in ids]
-    seed = evaluation.settings["seed"]
-
-    def images() -> Any:
-        for sample in samples:
-            yield condition.images([decode(sample.images[0])], sample.id, seed)[0]
-
-    def texts(of: Callable[[str], str]) -> Tensor:
-        return embed_texts([of(id).replace(MARKER, "").strip() for id in ids], text_encoder)
-
-    with progress_bar(4, f"embedding {condition.name}"[:24]) as bar:
-        found = {"visual": embed_images(images(), image_encoder)}
-        for name, of in {
-            "text": lambda id: answers[id].question,
-            "response": lambda id: answers[id].text or "",
-            "reference": lambda id: evaluation.task.by_id[id].reference,
-        }.items():
-            bar.update()
-            found[name] = texts(of)
-    path.parent.mkdir(exist_ok=True)
-    write_embeddings(found, path)
-    return Embeddings(**found)
+def _identity(encoder: str, name: str) -> str:
+    try:
+        return fingerprint(encoder)
+    except UserError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"encoder is {encoder!r}; must be a folder or Hub id of {name}: {reason}") from error
 
 
-def _fit(embedded: list[Embeddings], seed: int) -> CLUB:
-    x = torch.cat([each.query for each in embedded for _ in range(2)])
-    y = torch.cat([answers for each in embedded for answers in (each.response, each.reference)])
-    return CLUB(x.shape[1], y.shape[1], HIDDEN_SIZE).fit(x, y, seed=seed)
+def _given(item: Any) -> Any:
+    return item
+
+
+def _plain(text: str) -> str:
+    return text.replace(MARKER, "").strip()
+
+
+def _fit(embedded: Sequence[Embeddings], seed: int) -> CLUB:
+    """On all pairs of a query with the model's and with the reference answer; the files are read as they are drawn."""
+    counts = torch.tensor([2 * len(each.text) for each in embedded])
+    ends = counts.cumsum(0)
+
+    def draw(rows: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = list[Tensor](), list[Tensor]()
+        places = torch.searchsorted(ends, rows, right=True)
+        for place in places.unique().tolist():
+            each, own = embedded[place], rows[places == place] - (ends - counts)[place]
+            row, is_reference = own % len(each.text), own >= len(each.text)
+            x.append((each.visual[row] + each.text[row]) / 2)
+            y.append(torch.where(is_reference[:, None], each.reference[row], each.response[row]))
+        return torch.cat(x), torch.cat(y)
+
+    club = CLUB(embedded[0].text.shape[1], embedded[0].response.shape[1], HIDDEN_SIZE)
+    return club.fit_drawn(draw, int(ends[-1]), seed=seed, progress=True)
 
 
 def table(found: dict[str, dict[str, float]]) -> str:

@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from vittle.errors import UserError, shown
+from vittle.errors import UserError
 from vittle.shifts.image import IMAGE_SHIFTS, SEVERITIES, image_shift
 from vittle.shifts.text import SYNONYM_SHIFTS, TEXT_SEVERITIES, TEXT_SHIFTS, text_shift
-
-_LANGUAGE = re.compile(r"\w[\w ().-]{0,39}")
-"""Its name is part of the names of conditions and of files."""
+from vittle.shifts.translation import must_be_plain
 
 TRANSLATION = "translation"
 """The kind of the sentence-level shifts; a language stands where others have a severity."""
@@ -138,8 +136,7 @@ def parse_conditions(specs: Iterable[str], languages: Iterable[str] = ()) -> lis
     """
     languages = list(languages)
     for language in languages:
-        if not _LANGUAGE.fullmatch(language):
-            raise UserError(f"language is {shown(language)}; must be a name of letters, digits, spaces and _-.()")
+        must_be_plain(language, "the language")
     found = {CLEAN: None}
     for spec in specs:
         found |= dict.fromkeys(_parse(spec, languages))

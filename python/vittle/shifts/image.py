@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from vittle.errors import UserError
+from vittle.pictures import rgb
 from vittle.shifts.textures import Pixels, Rng, frost, plasma, shuffle, waves
 
 Corruption = Callable[..., Pixels]  # (height, width, 3) pixels, a generator and the severity's constants
@@ -238,23 +239,11 @@ def image_shift(image: Image.Image, kind: str, severity: int, *, seed: int) -> I
     shift, constants = IMAGE_SHIFTS[kind]
     rng = np.random.default_rng([zlib.crc32(kind.encode()), int(seed < 0), abs(int(seed))])
     at_severity = {name: values[severity - 1] for name, values in constants.items()}
-    return _image(shift(_rgb(image), rng, **at_severity))
+    return _image(shift(_pixels(rgb(image)), rng, **at_severity))
 
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _rgb(image: Image.Image) -> Pixels:
-    """White is 65535 in 16 bits; in 32 and in floats the least of 1 (floats only), 255 and 65535 that holds all."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        opaque = image.convert("RGBA") if image.mode == "P" else image  # Pillow warns of a palette's transparency
-        return _pixels(opaque.convert("RGB"))
-    values = np.asarray(image, dtype=np.float32)
-    peak = values.max(initial=0, where=np.isfinite(values))
-    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-    grey = np.nan_to_num(values / next((white for white in whites if peak <= white), peak)).clip(0, 1)
-    return np.repeat(grey[..., None], 3, axis=2)
 
 
 def _pixels(image: Image.Image) -> Pixels:

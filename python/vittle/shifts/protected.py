@@ -21,21 +21,22 @@ _MARKER = re.compile(r"<[^\s<>][^<>\n]{0,40}>|\{\w+#\w+\}")
 _LETTERED = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+\S.*$", re.M)
 
 # The rest of a line from `(A) cat (B) dog` or from `Options:` on; DEMON's `Choice list:` follows a word closely.
-_LISTED = re.compile(
-    r"(?:(?<!\S)(?:\(A\) .*?(?<!\S)\(B\) |(?:Options|Choices|Answer choices):)|Choice [Ll]ist:).*$", re.M
-)
+_LISTED = re.compile(r"^(?>(.*?)(?<!\S)\(A\) ).*?(?<!\S)\(B\) .*$", re.M)
+_ANNOUNCED = re.compile(r"(?:(?<!\S)(?:Options|Choices|Answer choices)|Choice [Ll]ist):.*$", re.M)
 
 # Up to the end of the line, or to a full stop or the like, in any script, before white space; ideographic ones
 # need none. A Greek question ends in a semicolon, here before a Latin capital. "e.g." and "i.e." end nothing, and
-# a sentence that a capital starts as below needs no end before it.
+# a sentence that a capital starts as below needs no end before it. Of a run of stops or of white space only the first
+# two places are tried: the first may be in "e.g." or after "Please", and no other can match where these do not.
 _SENTENCE = re.compile(
-    r"\S.*?(?:(?<![ (]e\.g)(?<![ (]i\.e)[.!?\u061f\u0964\u037e\u2026]+[\"'\u201d\u2019)\]]*(?=\s|$)"
-    r"|;(?=\s+[A-Z])|[\u3002\uff01\uff1f]+|(?<!Please)(?=\s+(?:Please|Answer|Respond|Reply)\s)|$)",
+    r"\S.*?(?:(?<![ (]e\.g)(?<![ (]i\.e)(?<![.!?\u061f\u0964\u037e\u2026]{2})[.!?\u061f\u0964\u037e\u2026]+"
+    r"[\"'\u201d\u2019)\]]*(?=\s|$)|;(?=\s+[A-Z])|[\u3002\uff01\uff1f]+"
+    r"|(?<!Please)(?<!\s\s)(?=\s+(?:Please|Answer|Respond|Reply)\s)|$)",
     re.M,
 )
 _QUESTION = re.compile(r"[?\u061f\u037e\uff1f]")
 
-_ASKING = r"^\W*(?:(?:please|kindly|just|only|simply|\w+ly)[ ,]+)*"
+_ASKING = r"^\W*(?:(?:please|just|\w+ly)[ ,]+)*"
 _FORM = (
     r"(?:\b(?:yes|true)\b\W*(?:or|and|/)\W*(?:no|false)\b"
     r"|\b(?:\d+|single|one|two|three|few|fewer|short|brief|full|complete)[ -](?:word|phrase|sentence|answer|response)"
@@ -69,13 +70,14 @@ def protected_spans(text: str) -> list[Span]:
     """
     markers = [Span(*match.span()) for match in _MARKER.finditer(text)]
     options = list(_options(text))
-    words, prose = _without(text, markers), _without(text, markers + options)
+    first_word = next((i for i, character in enumerate(_without(text, markers)) if character.isalnum()), len(text))
+    prose = _without(text, [*markers, *options])
     suffix = []
     for sentence in reversed(list(_SENTENCE.finditer(prose))):
         if not _has_words(sentence[0]):
             continue
         is_format = _FORMAT.search(sentence[0]) and not _QUESTION.search(sentence[0])
-        if not is_format or not _has_words(words[: sentence.start()]):
+        if not is_format or sentence.start() <= first_word:
             break
         suffix.append(Span(*sentence.span()))
     return _joined([*markers, *options, *suffix])
@@ -85,7 +87,8 @@ def _options(text: str) -> Iterator[Span]:
     lettered = list(_LETTERED.finditer(text))
     if {"A", "B"} <= {line[1] for line in lettered}:
         yield from (Span(*line.span()) for line in lettered)
-    yield from (Span(*match.span()) for match in _LISTED.finditer(text))
+    yield from (Span(line.end(1), line.end()) for line in _LISTED.finditer(text))
+    yield from (Span(*match.span()) for match in _ANNOUNCED.finditer(text))
 
 
 def _has_words(text: str) -> bool:
@@ -94,9 +97,10 @@ def _has_words(text: str) -> bool:
 
 def _without(text: str, spans: Iterable[Span]) -> str:
     """`text` with spaces in place of `spans`."""
+    characters = list(text)
     for start, end in spans:
-        text = text[:start] + " " * (end - start) + text[end:]
-    return text
+        characters[start:end] = " " * (end - start)
+    return "".join(characters)
 
 
 def _joined(spans: Iterable[Span]) -> list[Span]:
