@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from PIL import Image
 from vittle.data.llava import MARKER, decode
 from vittle.errors import UserError
 from vittle.evaluation import SUMMARY, Evaluation, open_evaluation
+from vittle.pages import data_uri, write_page
 from vittle.shifts import Condition
 from vittle.tables import grid, languages, table
 from vittle.tasks import Sample
@@ -67,6 +67,7 @@ def write_report(evaluation: Evaluation, summary: Mapping[str, Any], path: Path)
         facts["Judge"] = f"{settings['judge_model']}: 100 x its scores of the model / its scores of the references"
     write_page(
         path,
+        "report.html.j2",
         title=f"{Path(settings['model']).name} on {settings['task']}",
         facts=facts,
         headline=headline.replace("_", " "),
@@ -76,16 +77,6 @@ def write_report(evaluation: Evaluation, summary: Mapping[str, Any], path: Path)
         examples=list(_examples(evaluation, summary)),
         broken=list(summary["broken"].values()),
     )
-
-
-def write_page(path: Path, **content: Any) -> None:
-    """Fills the template, escaping all but the plots."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("vittle"), autoescape=True, undefined=StrictUndefined)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(environment.get_template("report.html.j2").render(**content), encoding="utf-8")
-    partial.replace(path)
 
 
 def _plots(summary: Mapping[str, Any]) -> Iterator[Plot]:
@@ -229,9 +220,7 @@ def _thumbnail(sample: Sample, condition: Condition, seed: int) -> str:
     except UserError:
         return ""
     image.thumbnail(_THUMBNAIL)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_uri(image)
 
 
 def _plain(question: str) -> str:

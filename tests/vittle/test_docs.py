@@ -1,4 +1,4 @@
-"""Every block of docs/vittle.md, in order, on the demo's small model and scenes."""
+"""Every block of docs/vittle.md and docs/discriminative.md, in order, on the demo's small model and scenes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vittle.cli import main
 from vittle.demo.scenes import write_dataset
+from vittle.discriminative import read_pairs
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "python" / "vittle" / "demo" / "aligned"
@@ -40,3 +44,38 @@ def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="the demo's model is not there: make demo-checkpoint")
+@pytest.mark.filterwarnings("ignore")
+def test_every_block_about_pairs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The photographs are two scenes, whose every part is the reader's to give."""
+    monkeypatch.chdir(tmp_path)
+    scenes = write_dataset(tmp_path / "scenes", split="train", count=2, seed=0).parent / "images"
+    mask = np.zeros((64, 64), dtype=bool)
+    mask[:32] = True
+    names: dict[str, Any] = {
+        "photographs": sorted(scenes.iterdir()),
+        "captions": {file.stem: "A scene." for file in scenes.iterdir()},
+        "segment": lambda image: [("digits", mask)],
+        "background": lambda image: ~mask,
+        "inpaint": lambda image, mask, kind: image.rotate(180),
+        "looks_right": lambda image: True,
+        "tell": lambda caption, object, kind: f"{kind}: {object}",
+        "attend": lambda images: np.ones((len(images), 4, 4)),
+    }
+    text = (ROOT / "docs" / "discriminative.md").read_text(encoding="utf-8")
+    for kind, block in BLOCK.findall(text):
+        if kind == "bash":
+            words = shlex.split(block.replace("llava-hf/llava-1.5-7b-hf", str(MODEL)))[1:]
+            assert main([*words, "--max-steps", "2", "--workers", "0", "--batch-size", "4"]) == 0
+        else:
+            exec(compile(block, "docs/discriminative.md", "exec"), names)
+    assert (tmp_path / "pairs" / "gallery.html").exists() and (tmp_path / "comparisons" / "comparisons.json").exists()
+    assert len(read_pairs("own/pairs.json")) == 4
+    (example,) = re.findall(r"^```json\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for name in ("dog.jpg", "dog-0.png", "masks/dog-0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), "white").save(tmp_path / name)
+    (tmp_path / "pairs.json").write_text(example)
+    assert read_pairs(tmp_path / "pairs.json")[0].object == "ball"

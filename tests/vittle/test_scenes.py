@@ -207,9 +207,9 @@ class TestDataset:
 
     def test_shows_no_json_until_all_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_dataset(tmp_path, split="train", count=3, seed=0)
-        calls = iter(range(2))
-        monkeypatch.setattr("vittle.demo.scenes.render", lambda scene: (next(calls), render(scene))[1])
-        with pytest.raises(StopIteration):
+        calls = [0, 1]
+        monkeypatch.setattr("vittle.demo.scenes.render", lambda scene: (calls.pop(), render(scene))[1])
+        with pytest.raises(IndexError):
             write_dataset(tmp_path, split="train", count=3, seed=1)
         assert not list(tmp_path.glob("*.json"))
 

@@ -7,7 +7,7 @@ scans once and for all: what is drawn for training never shows a scan that is dr
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from vittle.data.lines import write_list
+from vittle.data.llava import MARKER
 
 Split = Literal["train", "held_out"]
 Kind = Literal["which", "count", "presence", "sum"]
@@ -30,6 +33,7 @@ HALF = CANVAS // 2  # a cell's
 SIDES = range(22, 29)  # pixels a side of a placed scan
 PAPER = (236, 229, 212)
 INK = (30, 34, 66)
+EMPTY = "nothing"  # what an empty cell shows
 
 CAPTION_PROMPT = "Describe the scene."
 
@@ -56,10 +60,18 @@ class Scene:
     def digits(self) -> tuple[int, ...]:
         return tuple(p.digit for p in self.placed)
 
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """What each of the four cells shows, in words."""
+        shown = {p.cell: str(p.digit) for p in self.placed}
+        return tuple(shown.get(cell, EMPTY) for cell in range(4))
+
 
 @dataclass(frozen=True)
 class Question:
-    kind: Kind
+    """What is asked or told of images; without a kind where only one thing is."""
+
+    kind: str
     text: str
     answer: str
 
@@ -89,16 +101,17 @@ def split_scans() -> dict[Split, tuple[int, ...]]:
 
 def sample_scene(rng: np.random.Generator, split: Split) -> Scene:
     """A scene of one to four scans of `split`, each number of digits as likely as the others."""
-    _, digits = _scans()
     cells = sorted(rng.permutation(4)[: rng.integers(1, 5)].tolist())
-    placed = []
-    for cell in cells:
-        scan = int(rng.choice(split_scans()[split]))
-        side = int(rng.choice(SIDES))
-        x, y = rng.integers(0, HALF - side, size=2, endpoint=True).tolist()
-        left, top = cell % 2 * HALF + x, cell // 2 * HALF + y
-        placed.append(Placed(scan, int(digits[scan]), cell, left, top, side))
-    return Scene(tuple(placed))
+    return Scene(tuple(sample_placed(rng, split, cell) for cell in cells))
+
+
+def sample_placed(rng: np.random.Generator, split: Split, cell: int) -> Placed:
+    """A scan of `split`, of random size and place in the cell."""
+    _, digits = _scans()
+    scan = int(rng.choice(split_scans()[split]))
+    side = int(rng.choice(SIDES))
+    x, y = rng.integers(0, HALF - side, size=2, endpoint=True).tolist()
+    return Placed(scan, int(digits[scan]), cell, cell % 2 * HALF + x, cell // 2 * HALF + y, side)
 
 
 def render(scene: Scene) -> Image.Image:
@@ -117,17 +130,17 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     With `rng` the order of the cells is drawn, and for each cell which of three sentences stands for it: the one
     above; the digit's own, `The 3 is top left.`; or one of a digit that the scene lacks, `The 5 is not here.`
     """
-    shown = {p.cell: str(p.digit) for p in scene.placed}
+    contents = scene.contents
     absent = [str(digit) for digit in range(10) if digit not in scene.digits]
     sentences = []
     for cell in range(4) if rng is None else rng.permutation(4).tolist():
         wording = 0 if rng is None else rng.integers(3)
-        if wording == 1 and cell in shown:
-            sentences.append(f"The {shown[cell]} is {CELLS[cell]}.")
+        if wording == 1 and contents[cell] != EMPTY:
+            sentences.append(f"The {contents[cell]} is {CELLS[cell]}.")
         elif wording == 2 and rng is not None:
             sentences.append(f"The {rng.choice(absent)} is not here.")
         else:
-            sentences.append(f"The {CELLS[cell]} shows {shown.get(cell, 'nothing')}.")
+            sentences.append(f"The {CELLS[cell]} shows {contents[cell]}.")
     return " ".join(sentences)
 
 
@@ -143,8 +156,12 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def ask(scene: Scene, kind: Kind, rng: np.random.Generator) -> Question:
-    """One question of `kind`: the answer is drawn first, so that yes and no come equally often."""
-    asked = [q for q in questions(scene) if q.kind == kind]
+    """One question of `kind`."""
+    return draw([q for q in questions(scene) if q.kind == kind], rng)
+
+
+def draw(asked: Sequence[Question], rng: np.random.Generator) -> Question:
+    """One of them: the answer is drawn first, so that yes and no come equally often."""
     answer = rng.choice(sorted({q.answer for q in asked}))
     choices = [q for q in asked if q.answer == answer]
     return choices[rng.integers(len(choices))]
@@ -164,22 +181,37 @@ def write_dataset(
     take the kinds in turn and carry theirs under the key `kind`. The JSON appears only when all is written.
     """
     rng = np.random.default_rng(seed)
-    path = Path(folder) / f"{kind}.json"
+
+    def conversations() -> Iterator[tuple[list[Image.Image], Question]]:
+        for index in range(count):
+            scene = sample_scene(rng, split)
+            if kind == "captions":
+                yield [render(scene)], Question("", CAPTION_PROMPT, caption(scene, rng))
+            else:
+                yield [render(scene)], ask(scene, KINDS[index % len(KINDS)], rng)
+
+    return write_records(folder, kind, conversations())
+
+
+def write_records(
+    folder: str | Path, name: str, conversations: Iterable[tuple[Sequence[Image.Image], Question]]
+) -> Path:
+    """Write `<folder>/<name>.json` and `<folder>/images/*.png`; return the JSON, which appears when all is written."""
+    path = Path(folder) / f"{name}.json"
     images = path.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     records = []
-    for index in range(count):
-        scene = sample_scene(rng, split)
-        name = f"{kind}-{index:05}"
-        render(scene).save(images / f"{name}.png")
-        if kind == "captions":
-            prompt, reply, extra = CAPTION_PROMPT, caption(scene, rng), {}
-        else:
-            question = ask(scene, KINDS[index % len(KINDS)], rng)
-            prompt, reply, extra = question.text, question.answer, {"kind": question.kind}
-        turns = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": reply}]
-        records.append({"id": name, "image": f"{name}.png", "conversations": turns, **extra})
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    return partial.replace(path)
+    for index, (pages, question) in enumerate(conversations):
+        id = f"{name}-{index:05}"
+        files = [f"{id}.png"] if len(pages) == 1 else [f"{id}-{n}.png" for n in range(1, len(pages) + 1)]
+        for page, file in zip(pages, files, strict=True):
+            page.save(images / file)
+        turns = [
+            {"from": "human", "value": f"{MARKER}\n" * len(pages) + question.text},
+            {"from": "gpt", "value": question.answer},
+        ]
+        image = files[0] if len(files) == 1 else files
+        kind = {"kind": question.kind} if question.kind else {}
+        records.append({"id": id, "image": image, "conversations": turns, **kind})
+    return write_list(path, records)
