@@ -155,7 +155,8 @@ def test_other_answers_are_embedded_again(made: Path, evaluation: Path, club: st
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     second = run.measure(evaluation, *encoders(made), club=club)
     assert second["contrast:3"] == first["contrast:3"] and second["keyboard:4"] != first["keyboard:4"]
-    records[3]["answer"] = None
+    del records[3]["answer"]
+    records[3]["error"] = "cannot be decoded"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert run.measure(evaluation, *encoders(made), club=club)["contrast:3"] != first["contrast:3"]
     assert len(read_embeddings(evaluation / run.EMBEDDINGS / "clean.safetensors")["text"]) == 11

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vittle.data.llava import MARKER, decode
@@ -151,16 +152,14 @@ class _Embedded:
         }
 
     def _images_of(self, condition: Condition, moved: Callable[[int], Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """The first image of each sample after what tells it from others: its file, or its pixels if it is shifted."""
+        """The first image of each sample after what tells it from others: its file, or its shift and the sample."""
         for sample in self.samples:
             moved(1)
-            file = sample.images[0]
-            if condition.image is None:
-                yield str(file), partial(decode, file)
-            else:
-                image = condition.images([decode(file)], sample.id, self.evaluation.settings["seed"])[0]
-                digest = hashlib.sha256(image.tobytes()).hexdigest()
-                yield f"{image.size} {digest}", partial(_given, image)
+            key = f"{condition.image} of {sample.id}" if condition.image else str(sample.images[0])
+            yield key, partial(self._image, condition, sample)
+
+    def _image(self, condition: Condition, sample: Sample) -> Image.Image:
+        return condition.images([decode(sample.images[0])], sample.id, self.evaluation.settings["seed"])[0]
 
     def _origin(self, condition: Condition, texts: Mapping[str, list[str]]) -> dict[str, str]:
         samples = [(sample.id, sample.images[0].name) for sample in self.samples]
