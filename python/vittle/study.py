@@ -7,6 +7,7 @@ which was broken off finds again. Methods are compared with plain tuning seed by
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -232,16 +233,22 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 def _verdict(results: Mapping[str, Any], shifted: Sequence[str]) -> str:
-    """What the numbers say of each method under shifts, in words."""
+    """What the numbers say of each method under shifts, in words; of all these tests together, by Holm's rule."""
+    found = {(name, group): gains(results, name, group) for name in list(METHODS)[1:] for group in shifted}
+    sure = set()
+    by_p = sorted((math.inf if math.isnan(p) else p, key) for key, (_, _, p) in found.items())
+    for smaller, (p, key) in enumerate(by_p):
+        if p >= 0.05 / (len(found) - smaller):
+            break
+        sure.add(key)
     told = []
     for name in list(METHODS)[1:]:
-        found = {group: gains(results, name, group) for group in shifted}
-        better = [group for group, (gain, _, p) in found.items() if gain > 0 and p < 0.05]
-        worse = [group for group, (gain, _, p) in found.items() if gain < 0 and p < 0.05]
+        better = [group for group in shifted if (name, group) in sure and found[name, group][0] > 0]
+        worse = [group for group in shifted if (name, group) in sure and found[name, group][0] < 0]
         words = [f"better under {', '.join(better)} shifts"] * bool(better)
         words += [f"worse under {', '.join(worse)} shifts"] * bool(worse)
         told.append(f"{name}: {' and '.join(words) or 'no difference from plain tuning under shifts beyond chance'}")
-    return "; ".join(told) + "."
+    return f"Of the {len(found)} tests under shifts together (Holm, 0.05): " + "; ".join(told) + "."
 
 
 def _digits(measure: str) -> int:
