@@ -241,14 +241,17 @@ def _verdict(results: Mapping[str, Any], shifted: Sequence[str]) -> str:
         if p >= 0.05 / (len(found) - smaller):
             break
         sure.add(key)
-    told = []
+    told: dict[str, list[str]] = {}
     for name in list(METHODS)[1:]:
         better = [group for group in shifted if (name, group) in sure and found[name, group][0] > 0]
         worse = [group for group in shifted if (name, group) in sure and found[name, group][0] < 0]
-        words = [f"better under {', '.join(better)} shifts"] * bool(better)
-        words += [f"worse under {', '.join(worse)} shifts"] * bool(worse)
-        told.append(f"{name}: {' and '.join(words) or 'no difference from plain tuning under shifts beyond chance'}")
-    return f"Of the {len(found)} tests under shifts together (Holm, 0.05): " + "; ".join(told) + "."
+        words = [f"better than plain tuning under {', '.join(better)} shifts"] * bool(better)
+        words += [f"worse than plain tuning under {', '.join(worse)} shifts"] * bool(worse)
+        told.setdefault(" and ".join(words) or "no difference from plain tuning beyond chance", []).append(name)
+    helps = any(key in sure and key[0].startswith("Vittle") and gain > 0 for key, (gain, _, _) in found.items())
+    lines = [f"Of the {len(found)} tests of accuracy under shifts together (Holm's rule, 0.05):", ""]
+    lines += [f"- {', '.join(names)}: {words}" for words, names in told.items()]
+    return "\n".join(lines + ["", "At this scale the bottleneck does not help."] * (not helps))
 
 
 def _digits(measure: str) -> int:

@@ -50,8 +50,12 @@ def test_the_page_says_what_the_numbers_say() -> None:
         "machine": {"commit": "abc", "cpu": "2 cores", "torch": "2.13"},
     }
     text = study.page(found)
-    assert "L2T: better under image shifts" in text
-    assert "Vittle (F): no difference from plain tuning under shifts beyond chance" in text
+    assert "- L2T: better than plain tuning under image shifts\n" in text
+    others = "Vittle (F), Vittle (L), Vittle (F) + L2T, weight decay 0.1, LoRA, rank 16"
+    assert f"- {others}: no difference from plain tuning beyond chance\n" in text
+    assert "At this scale the bottleneck does not help." in text
+    better = found | {"results": results(**{"Vittle_(F)": [2.0, 2.2, 1.9, 2.1, 2.0]})}
+    assert "does not help" not in study.page(better)
     assert "| L2T | 90.0 ± 0.0 | 62.6 ± 1.0 |" in text
     assert "+2.0 (0.00)*" in text and "here there are 36 tests" in text
     gain, spread, p = study.gains(found["results"], "L2T", "image")
