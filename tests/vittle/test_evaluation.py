@@ -84,6 +84,7 @@ class TestRun:
         assert accuracy == pytest.approx(100 * sum(right) / 24) == summary["means"]["text"]
         assert json.loads((Path(config.output) / "summary.json").read_text()) == summary
 
+    @pytest.mark.slow
     def test_neither_workers_nor_the_other_samples_matter(self, config: EvaluateConfig, tmp_path: Path) -> None:
         evaluate(config)
         evaluate(replace(config, output=str(tmp_path / "other"), workers=2))

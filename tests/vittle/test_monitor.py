@@ -91,12 +91,12 @@ def test_the_share_of_time(tmp_path: Path, tuning: str, accumulation: int, monke
     class Slow(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
-            time.sleep(0.1)
+            time.sleep(0.25)
             return x.clone()
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            time.sleep(0.1)
+            time.sleep(0.25)
             return gradient
 
     own = FusedIB._heads

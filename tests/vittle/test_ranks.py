@@ -85,6 +85,7 @@ def test_with_noise_the_ranks_draw_their_own(data: dict[str, str], tmp_path: Pat
         assert abs(mean(losses(two, name)) - mean(spread)) < 5 * stdev(spread)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_ranks_share_their_noise(tmp_path: Path) -> None:
     tiny_llava().save_pretrained(tmp_path)
     alone = call(together, 1, tmp_path, folder=str(tmp_path))["ranks"][0]
@@ -95,6 +96,7 @@ def test_tensor_parallel_ranks_share_their_noise(tmp_path: Path) -> None:
         assert each["gradient"] == pytest.approx(alone["gradient"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_fsdp2(tmp_path: Path) -> None:
     shared = {"folder": str(tmp_path)}
     alone = call(split, 1, tmp_path, steps=7, load=False, **shared)

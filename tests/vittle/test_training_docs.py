@@ -53,6 +53,7 @@ def ran(words: list[str], **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_one_process_and_ddp_and_resuming(here: Path) -> None:
     first, again = commands("vittle")
     assert "2 steps in" in ran([*first, *SMALL])
