@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from vittle.curves import CURVES
+from vittle.checkpoints import PARTIAL
 from vittle.demo import ALIGNED, HELD_OUT_QUESTIONS, SETTINGS, TRAINING_QUESTIONS
 from vittle.demo.scenes import write_dataset
 from vittle.errors import UserError, shown
@@ -124,7 +124,7 @@ def _data(folder: Path, split: Any, count: int, seed: int) -> Path:
 
 def _tuned(folder: Path, method: Mapping[str, Any], seed: int, output: Path, scale: Scale) -> Path:
     """The model of one run, trained if it is not there; a run that was broken off starts again."""
-    if (folder / CURVES).exists():  # the last that a run writes
+    if any(folder.glob("*.safetensors")) and not (folder / PARTIAL).exists():  # there while files are moved in
         return folder
     data = _data(output / "data" / f"train-{seed}", "train", scale.training, seed)
     settings = SETTINGS | {"max_steps": scale.steps}
