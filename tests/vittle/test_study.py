@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vittle import UserError, study
+from vittle.checkpoints import PARTIAL
 
 SCALE = study.Scale(seeds=2, sweep_seeds=2, training=64, steps=2, questions=8, shifts=("frost:3", "rd:2", "fog:1+rd:2"))
 
@@ -28,6 +29,9 @@ def test_it_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(study, "train", trained.append)
     assert study.study(tmp_path, SCALE)["results"] == found["results"] and not trained
     assert json.loads((tmp_path / "study.json").read_text())["results"] == found["results"]
+    (tmp_path / "runs" / "plain-0" / "model" / PARTIAL).mkdir()  # as a run leaves it that was killed at its end
+    study.study(tmp_path, SCALE)
+    assert [Path(each.output).parent.name for each in trained] == ["plain-0"]
 
 
 def results(**changes: list[float]) -> dict[str, Any]:
