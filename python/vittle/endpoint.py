@@ -135,11 +135,8 @@ def each(work: Callable[[T], R], items: Iterable[T], stopped: threading.Event) -
     Raises:
         Exception: of the work that failed first.
     """
-    todo, ended, lock = (
-        iter(list(items)),
-        SimpleQueue[tuple[T, R | None, BaseException | None] | None](),
-        threading.Lock(),
-    )
+    todo, lock = iter(list(items)), threading.Lock()
+    ended = SimpleQueue[tuple[T, R | None, BaseException | None] | None]()
 
     def serve() -> None:
         while not stopped.is_set():

@@ -141,7 +141,7 @@ class Evaluation:
         return _read_json(self.folder / LAYERS) if (self.folder / LAYERS).exists() else {}
 
     def summary(self) -> dict[str, Any]:
-        """The metrics under every condition whose answers, and verdicts if it is judged, are all there."""
+        """The metrics under every condition whose answers are all there, over the verdicts there are if judged."""
         conditions, broken = dict[str, dict[str, Any]](), dict[str, str]()
         judge_failures: dict[str, dict[str, int]] = {}
         for condition in self.conditions:
