@@ -22,6 +22,7 @@ from vittle import (
     attachment_of,
     detach_bottleneck,
 )
+from vittle.methods.attachment import host_of
 from vittle.methods.bottleneck import ALPHA_SCHEDULES
 
 
@@ -208,7 +209,7 @@ def test_cosine_schedule() -> None:
 def test_three_quarters_of_the_depth_by_default() -> None:
     model = tiny_llava()
     attach_bottleneck(model)
-    assert model._attachment.config.layer == 3 and model.bottleneck.hidden_size == WIDTH
+    assert attachment_of(model).config.layer == 3 and model.bottleneck.hidden_size == WIDTH
 
 
 def _twice(model: nn.Module) -> None:
@@ -295,15 +296,16 @@ def test_a_compiled_layer_follows_alpha_without_compiling_again() -> None:
     hook = layer.register_forward_pre_hook(lambda *call: states.update(args=call[1], kwargs=call[2]), with_kwargs=True)
     model(**batch, use_cache=False)
     hook.remove()
-    attachment = attachment_of(model)
-    attachment.tokens = attachment._read_batch((), dict(batch))
+    attachment, host = attachment_of(model), host_of(model)
+    assert host is not None
+    attachment.tokens = attachment._read_batch(dict(batch))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     outputs = {}
     for alpha in (0.0, 0.25, 0.5):
         bottleneck.set_alpha(alpha)
         for call in (compiled, layer):
-            attachment.kl, attachment.states = {}, []  # as the model's forward pass begins
+            attachment.kl, host.states = {}, {}  # as the model's forward pass begins
             torch.manual_seed(1)
             outputs[alpha, call] = call(*states["args"], **states["kwargs"])
         torch.testing.assert_close(outputs[alpha, compiled], outputs[alpha, layer])

@@ -102,7 +102,7 @@ def test_tokens_of_videos_are_vision_tokens() -> None:
     model = next(family for family in FAMILIES if family.name == "Qwen2.5-VL").model()
     attach_bottleneck(model)
     ids = torch.tensor([[3, IMAGE, 4, VIDEO, VIDEO]])
-    assert attachment_of(model)._vision(ids, None).tolist() == [[False, True, False, True, True]]
+    assert attachment_of(model).vision({"input_ids": ids}).tolist() == [[False, True, False, True, True]]
 
 
 GENERATION: dict[str, dict[str, Any]] = {

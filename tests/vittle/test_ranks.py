@@ -154,7 +154,7 @@ def test_a_sharded_model_takes_no_bottleneck_and_keeps_its_own(tmp_path: Path) -
     try:
         vittle.shard(plain)
         vittle.shard(attached)
-        with pytest.raises(vittle.UserError, match="is sharded already; attach the bottleneck before fully_shard"):
+        with pytest.raises(vittle.UserError, match="is sharded already; attach a bottleneck before fully_shard"):
             vittle.attach_bottleneck(plain)
         with pytest.raises(vittle.UserError, match="is sharded; it keeps its bottleneck"):
             vittle.detach_bottleneck(attached)

@@ -6,12 +6,12 @@ Attached to a Hugging Face model it changes two things: the hidden states after 
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,27 @@ from torch import Tensor, nn
 from vittle import ranks
 from vittle.errors import UserError
 from vittle.methods import peft, saving
+from vittle.methods.attachment import (
+    IGNORED,
+    AfterLayer,
+    Attachment,
+    Forward,
+    add_to_loss,
+    attach,
+    attached,
+    decoder_layers,
+    detach,
+    device_for,
+    instruction_mask_of,
+    loss_of,
+    vision_ids,
+)
 from vittle_kernels import FusedIB
 from vittle_kernels.functional import LOGVAR_BOUND
 from vittle_kernels.layer import modality_order
 
-IGNORED = -100
-"""The label of a token that the cross-entropy does not cover."""
+NAME = "bottleneck"
+FILES = saving.Files(NAME)
 
 Modality = Literal["both", "vision", "text"]
 
@@ -73,42 +88,23 @@ class _Tokens:
     kl_weights: Tensor | None = None
 
 
-class Attachment:
-    """Stands in for one model's ``forward``, and serves the decoder layers that end in the bottleneck.
+class Bottleneck(Attachment):
+    """Reads the batch, lets the chosen layers end in the bottleneck, joins the KL to the loss."""
 
-    A forward pass goes: read the batch, run the model's own forward, whose chosen layers call :meth:`after_layer`,
-    join the KL to the loss. It is ``forward`` and no hook, as some wrappers call ``forward`` by name.
-    """
+    name = NAME
+    module: FusedIB
 
-    def __init__(self, model: nn.Module, config: BottleneckConfig, module: FusedIB, vision_ids: list[int]) -> None:
-        self.model, self.config, self.module, self.vision_ids = model, config, module, vision_ids
-        self.own_forward = model.__dict__.get("forward")  # accelerate's hooks replace it too
+    def __init__(self, model: nn.Module, config: BottleneckConfig, module: FusedIB) -> None:
+        super().__init__(model)
+        self.config, self.module = config, module
         self.tokens: _Tokens | None = None
         self.kl: dict[str, Tensor] = {}
-        self.states: list[tuple[int, Tensor]] = []
-        """What the layers that end in the bottleneck gave, by the number of layers before."""
         self.metrics: dict[str, Tensor] = {}
         """Of the last training pass, detached: ce, kl_vision, kl_text."""
         self.measures_std = False
         self.std: dict[str, tuple[Tensor, Tensor]] = {}
         """If it is measured: by modality, the sum of the tokens' mean standard deviations, and their number."""
         self.warned = False
-        self.trainable: list[bool] | None = None
-        """Which parameters were trainable before PEFT froze them."""
-
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """The model's own."""
-        return self.own_forward or type(self.model).forward.__get__(self.model)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The model's own, and what a batch may carry: Trainer drops the columns that it does not find here."""
-        signature = inspect.signature(self.forward)
-        mask = inspect.Parameter("instruction_mask", inspect.Parameter.KEYWORD_ONLY, default=None)
-        named = [each for each in signature.parameters.values() if each.kind != inspect.Parameter.VAR_KEYWORD]
-        rest = [each for each in signature.parameters.values() if each.kind == inspect.Parameter.VAR_KEYWORD]
-        return signature.replace(parameters=[*named, mask, *rest])
 
     def settings(self) -> dict[str, Any]:
         """What ``bottleneck_config.json`` says."""
@@ -122,57 +118,44 @@ class Attachment:
         Raises:
             UserError: the folder's bottleneck is another: of other layers, or another prior.
         """
-        settings, tensors = saving.read(folder)
+        settings, tensors = self.files.read(folder)
         for name in ("layer", "text_layer", "prior"):
             here, there = getattr(self.config, name), settings.get(name)
             if here != there:
-                raise UserError(f"{folder / saving.CONFIG} has {name} {there!r}; the model's bottleneck has {here!r}")
+                path = folder / self.files.config
+                raise UserError(f"{path} has {name} {there!r}; the model's bottleneck has {here!r}")
         _load_weights(self.module, tensors, folder)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass with the bottleneck in it."""
-        if args and args[0] is self.model:  # accelerate binds a forward to its model when it unwraps one
-            args = args[1:]
+    def begin(self) -> None:
+        """The metrics of a training pass are its own, or the sums of those that it is made of."""
+        if self.model.training:
+            self.metrics = {}
+
+    def around(self, forward: Forward, batch: dict[str, Any]) -> Any:
+        """The pass with the bottleneck in it."""
         if self.tokens is not None:
             kind = type(self.model).__name__
             raise UserError(
                 f"another forward pass of this {kind} is under way (threads? nn.DataParallel?); one at a time"
             )
-        tokens = self._read_batch(args, kwargs)
-        self.tokens, self.kl, self.states, self.std = tokens, {}, [], {}
+        tokens = self._read_batch(batch)
+        self.tokens, self.kl, self.std = tokens, {}, {}
         try:
-            output = self.forward(*args, **kwargs)
-            kl, states = self.kl, self.states
+            output = forward(**batch)
+            kl = self.kl
         finally:
-            self.tokens, self.kl, self.states = None, {}, []
-        hidden_states = getattr(output, "hidden_states", None)
-        if isinstance(hidden_states, tuple):  # what the next layer reads, and transformers recorded before it
-            changed = dict(states)
-            output.hidden_states = tuple(
-                changed.get(i, each) if i + 1 < len(hidden_states) else each for i, each in enumerate(hidden_states)
-            )
+            self.tokens, self.kl = None, {}
         return self._join_kl(output, kl) if tokens.kl_weights is not None else output
 
-    def _read_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Tokens:
+    def _read_batch(self, batch: dict[str, Any]) -> _Tokens:
         """Where the vision tokens are, which text tokens count towards the KL, and what each weighs."""
-        instruction_mask, vision = kwargs.pop("instruction_mask", None), kwargs.pop("vision_mask", None)
-        batch = kwargs
-        if args:
-            names = [name for name in inspect.signature(self.forward).parameters if name not in kwargs]
-            batch = dict(zip(names, args, strict=False)) | kwargs
-        vision = self._vision(batch.get("input_ids"), vision)
-        labels = batch.get("labels")
+        vision, labels = self.vision(batch), batch.get("labels")
         if not self.model.training:
             return _Tokens(vision)
         if labels is None:
             self._warn_of_no_labels()
             return _Tokens(vision)
-        if instruction_mask is not None and (
-            instruction_mask.dtype != torch.bool or instruction_mask.shape != labels.shape
-        ):
-            found = f"{instruction_mask.dtype} {tuple(instruction_mask.shape)}"
-            raise UserError(f"instruction_mask is {found}; must be torch.bool {tuple(labels.shape)}, as labels are")
-        text_kl = instruction_mask
+        text_kl = instruction_mask_of(batch)
         if text_kl is None:  # as the released code: what the model reads and the loss does not cover
             text_kl = labels == IGNORED
             attended = batch.get("attention_mask")
@@ -192,37 +175,8 @@ class Attachment:
                 stacklevel=4,
             )
 
-    def _vision(self, ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """The vision tokens by their ids, or by the mask that stands for them."""
-        if not self.vision_ids:
-            if mask is not None:
-                raise UserError(f"vision_mask is given; {type(self.model).__name__} reads text only")
-            return None
-        if ids is None:
-            if mask is None:
-                raise UserError("the model got inputs_embeds and no input_ids; pass vision_mask, bool (B, T), too")
-            return mask
-        vision = ids == self.vision_ids[0]
-        for other in self.vision_ids[1:]:
-            vision = vision | (ids == other)
-        if mask is not None and not torch.equal(mask, vision):
-            where = (
-                "is of another shape"
-                if mask.shape != vision.shape
-                else f"differs at {int((mask != vision).sum())} tokens"
-            )
-            raise UserError(f"vision_mask {where}; must be True where input_ids is {self.vision_ids}, or be left out")
-        return vision
-
     def after_layer(self, hidden_states: Tensor, modality: Modality) -> Tensor:
         """The hidden states (B, T, D) after a chosen layer, one modality's or both through the bottleneck."""
-        states = self._through_bottleneck(hidden_states, modality)
-        layer = self.config.text_layer if modality == "text" else self.config.layer
-        assert layer is not None
-        self.states.append((layer, states))
-        return states
-
-    def _through_bottleneck(self, hidden_states: Tensor, modality: Modality) -> Tensor:
         tokens = self.tokens
         if tokens is None:
             kind = type(self.model).__name__
@@ -256,15 +210,11 @@ class Attachment:
 
     def _join_kl(self, output: Any, kl: dict[str, Tensor]) -> Any:
         """The KL joins the model's own loss."""
-        is_tuple = isinstance(output, tuple)
-        ce = output[0] if is_tuple else output.loss
+        ce = loss_of(output)
         kl = {name: each.to(ce.device) for name, each in kl.items()}
-        loss = ce + self.config.beta * sum(kl.values())
-        self.metrics = {"ce": ce.detach()} | {f"kl_{name}": each.detach() for name, each in kl.items()}
-        if is_tuple:
-            return (loss, *output[1:])
-        output.loss = loss
-        return output
+        for name, value in {"ce": ce, **{f"kl_{name}": each for name, each in kl.items()}}.items():
+            self.metrics[name] = self.metrics.get(name, 0) + value.detach()
+        return add_to_loss(output, self.config.beta * sum(kl.values()))
 
 
 def _std(posterior: Tensor, vision: Tensor, text_kl: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -319,51 +269,41 @@ def attach_bottleneck(model: nn.Module, config: BottleneckConfig | None = None, 
 
 def _attach(outer: nn.Module, config: BottleneckConfig, *, backend: str, inference_only: bool) -> FusedIB:
     model = peft.base_model(outer)
-    if hasattr(model, "bottleneck"):
-        raise UserError(f"{type(model).__name__} has a bottleneck already; detach_bottleneck(model) takes it off")
     layers, hidden_size = decoder_layers(model)
     ids = vision_ids(model)
     config = _resolved(config, len(layers), bool(ids))
     assert config.layer is not None
-    if ranks.is_sharded(model):
-        raise UserError(f"the {type(model).__name__} is sharded already; attach the bottleneck before fully_shard")
     first = layers[config.layer - 1]
-    device = next(first.parameters()).device
-    if device.type == "meta":
-        raise UserError("the model's weights are offloaded; attach the bottleneck before accelerate offloads them")
-    with device:
+    with device_for(model, first, NAME):
         module = FusedIB(
             hidden_size, prior=config.prior, alpha=config.alpha, vision=bool(ids),
             inference_only=inference_only, backend=backend,
         )  # fmt: skip
     ranks.share_weights(module, like=next(first.parameters()))
-    attachment = Attachment(model, config, module.train(model.training), ids)
-    model.bottleneck = module
-    model._attachment = attachment  # type: ignore[assignment]
-    model.forward = attachment
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = saving.SavePretrained(model, attachment)  # type: ignore[assignment]
-    for name in peft.ADAPTER_METHODS:
-        if hasattr(model, name):
-            setattr(model, name, peft.KeepTrainable(model, name))
+    attachment = Bottleneck(model, config, module.train(model.training))
+    after: dict[int, AfterLayer] = {}
     if config.text_layer in (None, config.layer):
-        ends: dict[int, Modality] = {config.layer: "both"}
+        after[config.layer] = partial(attachment.after_layer, modality="both")
     else:
-        ends = {config.layer: "vision", config.text_layer: "text"}
-    _end_in_bottleneck(layers, attachment, ends)
-    peft.watch()
-    if outer is not model:
-        peft.follow(outer)
+        after[config.layer] = partial(attachment.after_layer, modality="vision")
+        after[config.text_layer] = partial(attachment.after_layer, modality="text")
+    attach(outer, attachment, after)
     return module
 
 
-def attachment_of(model: nn.Module) -> Attachment:
+def bottleneck_of(model: Any) -> Bottleneck | None:
+    """The bottleneck's attachment to a model, if there is one."""
+    attachment = attached(model, NAME)
+    return attachment if isinstance(attachment, Bottleneck) else None
+
+
+def attachment_of(model: nn.Module) -> Bottleneck:
     """The bottleneck's attachment to a model.
 
     Raises:
         UserError: there is none.
     """
-    attachment = getattr(peft.base_model(model), "_attachment", None)
+    attachment = bottleneck_of(model)
     if attachment is None:
         raise UserError(f"{type(model).__name__} has no bottleneck; attach_bottleneck(model) puts one in")
     return attachment
@@ -371,18 +311,7 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 def detach_bottleneck(model: nn.Module) -> None:
     """Restores the model as it was before :func:`attach_bottleneck`."""
-    attachment = attachment_of(model)
-    model = attachment.model
-    if ranks.is_sharded(model):
-        raise UserError(f"the {type(model).__name__} is sharded; it keeps its bottleneck")
-    for layer in decoder_layers(model)[0]:
-        layer.__dict__.pop("_bottleneck", None)
-        layer.__class__ = type(layer).__mro__[1]
-    del model.forward, model.bottleneck, model._attachment
-    for name in ("save_pretrained", *peft.ADAPTER_METHODS):
-        model.__dict__.pop(name, None)
-    if attachment.own_forward is not None:
-        model.forward = attachment.own_forward
+    detach(attachment_of(model))
 
 
 def save_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, inference_only: bool = False) -> None:
@@ -405,7 +334,7 @@ def save_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, inferen
         tensors.pop("prior", None)
         for name in ("weight_out", "bias_out"):
             tensors[name] = tensors[name][:, : attachment.module.hidden_size]
-    saving.write(Path(folder), settings, tensors)
+    attachment.files.write(Path(folder), settings, tensors)
 
 
 def load_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, backend: str = "auto") -> FusedIB:
@@ -415,10 +344,10 @@ def load_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, backend
         UserError: a file is missing, damaged or from a newer version, or does not fit the model.
     """
     folder = Path(folder)
-    settings, tensors = saving.read(folder)
+    settings, tensors = FILES.read(folder)
     names = BottleneckConfig.__dataclass_fields__
     if unknown := settings.keys() - names.keys() - {"hidden_size", "heads", "inference_only"}:
-        raise UserError(f"{folder / saving.CONFIG} has an unknown setting {min(unknown)!r}")
+        raise UserError(f"{folder / FILES.config} has an unknown setting {min(unknown)!r}")
     config = BottleneckConfig(**{name: value for name, value in settings.items() if name in names})
     inference_only = bool(settings.get("inference_only"))
     module = _attach(model, config, backend=backend, inference_only=inference_only)
@@ -450,7 +379,7 @@ def _load_weights(module: FusedIB, tensors: dict[str, Tensor], folder: Path) -> 
         reason = f"width {stored[-1]}; the model's hidden size is {module.hidden_size}"
     else:
         name = next(name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
-        reason = f"{name} of shape {found.get(name)}; must be {wanted.get(name)}, by {saving.CONFIG}"
+        reason = f"{name} of shape {found.get(name)}; must be {wanted.get(name)}, by {FILES.config}"
     raise UserError(f"the bottleneck in {folder} has {reason}")
 
 
@@ -470,56 +399,3 @@ def _resolved(config: BottleneckConfig, depth: int, has_vision: bool) -> Bottlen
     if config.prior not in ("fixed", "learnable"):
         raise UserError(f"prior is {config.prior!r}; must be 'fixed' or 'learnable'")
     return config
-
-
-def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, int]:
-    """The stack of decoder layers of the model's language model, and its hidden size."""
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder: Any = None if get_decoder is None else get_decoder()
-    layers: Any = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise UserError(f"{type(model).__name__} has no stack of decoder layers; get_decoder().layers must be one")
-    return layers, decoder.config.hidden_size
-
-
-def vision_ids(model: Any) -> list[int]:
-    """The ids that stand for pieces of images and videos; none for a model that reads text only."""
-    config = model.config
-    ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
-    sees = any(getattr(config, name, None) is not None for name in ("vision_config", "vq_config"))
-    if ids[0] is None and sees:
-        kind = type(config).__name__
-        raise UserError(f"{kind} has no image_token_id; set model.config.image_token_id to the image token's id")
-    return [each for each in ids if each is not None]
-
-
-def _end_in_bottleneck(layers: nn.ModuleList, attachment: Attachment, ends: dict[int, Modality]) -> None:
-    """Lets every call of the layers with these numbers end in the bottleneck.
-
-    A subclass of the layers' own class overrides ``__call__``: the names of parameters stay, and the bottleneck stands
-    outside the region that gradient checkpointing recomputes, where a forward hook is inside it on transformers 5.17.
-    All layers get the one subclass: FSDP's wrapping policies look for the class of the first.
-    """
-    classes: dict[type, type] = {}
-    for number, layer in enumerate(layers, start=1):
-        original = type(layer)
-        if original not in classes:
-            classes[original] = _subclass(original)
-        if number in ends:
-            layer._bottleneck = (attachment, ends[number])  # type: ignore[assignment]
-        layer.__class__ = classes[original]
-
-
-def _subclass(original: Any) -> type:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original.__call__(self, *args, **kwargs)
-        bottleneck = self.__dict__.get("_bottleneck")
-        if bottleneck is None:
-            return output
-        attachment, modality = bottleneck
-        if isinstance(output, tuple):
-            return (attachment.after_layer(output[0], modality), *output[1:])
-        return attachment.after_layer(output, modality)
-
-    names = {"__call__": call, "__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (original,), names)

@@ -1,6 +1,6 @@
-"""A bottleneck beside PEFT's adapters: it stays trainable, and is saved and loaded with them.
+"""What is attached to a model beside PEFT's adapters: it stays trainable, and is saved and loaded with them.
 
-PEFT freezes whatever is no adapter, the heads of a bottleneck that was there before too, and saves adapters only.
+PEFT freezes whatever is no adapter, what was attached before too, and saves adapters only.
 PyTorch tells us when a model goes into PEFT's: ``register_module_module_registration_hook``.
 """
 
@@ -34,7 +34,7 @@ def watch() -> None:
 def follow(peft_model: Any) -> None:
     """Lets a PeftModel save and load the bottleneck of the model inside it."""
     for name in ("save_pretrained", "load_adapter"):
-        setattr(peft_model, name, _WithBottleneck(peft_model, name))
+        setattr(peft_model, name, _WithMethods(peft_model, name))
     peft_model.add_adapter = KeepTrainable(peft_model, "add_adapter")
 
 
@@ -48,13 +48,15 @@ def _is(module: Any, name: str) -> bool:
 
 def _registered(parent: nn.Module, name: str, module: Any) -> None:
     """The model goes into a tuner, which freezes it; then the tuner into a PeftModel."""
-    if name == "model" and _is(parent, "BaseTuner") and (attachment := getattr(module, "_attachment", None)):
-        attachment.trainable = _trainable(attachment)
+    if name == "model" and _is(parent, "BaseTuner"):
+        for attachment in _attachments(module):
+            attachment.trainable = _trainable(attachment)
     if name == "base_model" and _is(parent, "PeftModel") and _is(module, "BaseTuner"):
-        attachment = getattr(module.model, "_attachment", None)
-        if attachment is not None and attachment.trainable is not None:
+        frozen = [each for each in _attachments(module.model) if each.trainable is not None]
+        for attachment in frozen:
             _restore(attachment, attachment.trainable)
             attachment.trainable = None
+        if frozen:
             follow(parent)
 
 
@@ -63,46 +65,58 @@ ADAPTER_METHODS = ("add_adapter", "load_adapter")
 
 
 class KeepTrainable(saving.Replaced):
-    """A method that freezes whatever is no adapter, and leaves the bottleneck as it was."""
+    """A method that freezes whatever is no adapter, and leaves what is attached as it was."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method."""
-        attachment = self.attachment
-        if attachment is None:
-            return self.method(*args, **kwargs)
-        trainable = _trainable(attachment)
+        trainable = [(each, _trainable(each)) for each in self.attachments]
         try:
             return self.method(*args, **kwargs)
         finally:
-            _restore(attachment, trainable)
+            for attachment, before in trainable:
+                _restore(attachment, before)
 
     @property
-    def attachment(self) -> Any:
-        """The bottleneck's, or None once it is detached."""
-        return getattr(base_model(self.owner), "_attachment", None)
+    def attachments(self) -> list[Any]:
+        """The methods on the model; none once they are detached."""
+        return _attachments(base_model(self.owner))
 
 
-class _WithBottleneck(KeepTrainable):
-    """A PeftModel's ``save_pretrained`` or ``load_adapter``, then the bottleneck's files in the same folder."""
+class _WithMethods(KeepTrainable):
+    """A PeftModel's ``save_pretrained`` or ``load_adapter``, then the methods' files in the same folder."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's."""
         given = self.arguments(args, kwargs)
         result = super().__call__(*args, **kwargs)
-        attachment = self.attachment
-        if attachment is None:
-            return result
-        if self.name == "save_pretrained" and given.get("is_main_process", True):
-            tensors = attachment.module.state_dict()
-            gathered = {
-                name.rpartition(saving.PREFIX)[2]: tensor
-                for name, tensor in (given.get("state_dict") or {}).items()
-                if f".{saving.PREFIX}" in name
-            }
-            saving.write(Path(given["save_directory"]), attachment.settings(), tensors | gathered)
-        if self.name == "load_adapter" and (Path(given["model_id"]) / saving.CONFIG).exists():
-            attachment.load(Path(given["model_id"]))
+        for attachment in self.attachments:
+            files = attachment.files
+            if self.name == "save_pretrained" and given.get("is_main_process", True):
+                gathered = {
+                    name.rpartition(files.prefix)[2]: tensor
+                    for name, tensor in (given.get("state_dict") or {}).items()
+                    if f".{files.prefix}" in name
+                }
+                tensors = attachment.module.state_dict() | gathered
+                files.write(Path(given["save_directory"]), attachment.settings(), tensors)
+            if self.name == "load_adapter" and (Path(given["model_id"]) / files.config).exists():
+                attachment.load(Path(given["model_id"]))
         return result
+
+
+def _attachments(model: Any) -> list[Any]:
+    host = getattr(model, "_vittle", None)
+    return [] if host is None else host.in_order()
+
+
+def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """What PEFT added to a model."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return set()
+    layers = [module for module in model.modules() if isinstance(module, tuners.BaseTunerLayer)]
+    added = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names if hasattr(layer, name)]
+    return {parameter for each in added for parameter in each.parameters()}
 
 
 def _trainable(attachment: Any) -> list[bool]:

@@ -1,7 +1,7 @@
-"""A bottleneck on disk: ``bottleneck.safetensors`` and a readable ``bottleneck_config.json``.
+"""A method on disk: `bottleneck.safetensors` and a readable `bottleneck_config.json`, `vpgc.safetensors` and its own.
 
-``save_pretrained`` of a model that has a bottleneck, Trainer's checkpoints included, writes the same config beside the
-model's own weights, which hold the bottleneck's as ``bottleneck.*``: whatever resumes the model resumes both.
+``save_pretrained`` of a model that has a method attached, Trainer's checkpoints included, writes the same config beside
+the model's own weights, which hold the method's as ``bottleneck.*``: whatever resumes the model resumes both.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,97 @@ from torch import Tensor
 
 from vittle.errors import UserError
 
-WEIGHTS, CONFIG = "bottleneck.safetensors", "bottleneck_config.json"
-PREFIX = "bottleneck."
-"""Of the bottleneck's tensors among a model's."""
-
 FORMAT = 1
 
 
-def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes both files, each whole or not at all."""
-    from safetensors.torch import save_file
+@dataclass(frozen=True)
+class Files:
+    """Where a method of this name lies in a folder."""
 
-    _make(folder)
-    partial = folder / f".{WEIGHTS}.{os.getpid()}"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(folder / WEIGHTS)
-    write_settings(folder, settings)
+    name: str
 
+    @property
+    def weights(self) -> str:
+        """The file of its tensors."""
+        return f"{self.name}.safetensors"
 
-def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes ``bottleneck_config.json``."""
-    _make(folder)
-    write_json(folder / CONFIG, {"format": FORMAT, **settings})
+    @property
+    def config(self) -> str:
+        """The file of its settings."""
+        return f"{self.name}_config.json"
+
+    @property
+    def prefix(self) -> str:
+        """Of its tensors among a model's."""
+        return f"{self.name}."
+
+    def write(self, folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Writes both files, each whole or not at all."""
+        from safetensors.torch import save_file
+
+        _make(folder)
+        partial = folder / f".{self.weights}.{os.getpid()}"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        partial.replace(folder / self.weights)
+        self.write_settings(folder, settings)
+
+    def write_settings(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Writes the config alone."""
+        _make(folder)
+        write_json(folder / self.config, {"format": FORMAT, **settings})
+
+    def read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The settings and the tensors that a folder holds.
+
+        Raises:
+            UserError: a file is missing, damaged or from a newer version.
+        """
+        path, writer = folder / self.config, f"save_{self.name}"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise UserError(f"{path} does not exist; must be a file that {writer} wrote") from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        version = settings.pop("format", None) if isinstance(settings, dict) else None
+        if type(version) is not int or version != FORMAT:
+            newer = type(version) is int and version > FORMAT
+            remedy = "upgrade vittle-kernels, which is older than the file" if newer else f"{writer} writes it"
+            raise UserError(f"{path} has format {version!r}; this version reads format {FORMAT}: {remedy}")
+        return settings, self._tensors(folder)
+
+    def _tensors(self, folder: Path) -> dict[str, Tensor]:
+        """Of the method's own file, or else of the model's in ``model.safetensors`` or its shards."""
+        from safetensors import SafetensorError, safe_open
+
+        files, prefix = [self.weights], ""
+        if not (folder / self.weights).exists():
+            files, prefix = self._model_files(folder), self.prefix
+        tensors = {}
+        for file in files:
+            try:
+                with safe_open(folder / file, "pt") as stored:
+                    for name in stored.keys():  # noqa: SIM118 (it is no dictionary)
+                        if name.startswith(prefix):
+                            tensors[name.removeprefix(prefix)] = stored.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{folder / file} is damaged: {error}") from error
+        if not tensors:
+            raise UserError(f"{folder / files[0] if files else folder} holds no {self.prefix}* tensors")
+        return tensors
+
+    def _model_files(self, folder: Path) -> list[str]:
+        """Those of a model's files that hold the method's tensors."""
+        index = folder / "model.safetensors.index.json"
+        if (folder / "model.safetensors").exists():
+            return ["model.safetensors"]
+        if not index.exists():
+            raise UserError(f"{folder} has a {self.config} but neither {self.weights} nor model.safetensors")
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return sorted({Path(file).name for name, file in names.items() if name.startswith(self.prefix)})
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged: {error}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -69,59 +139,6 @@ def _make(folder: Path) -> None:
         raise UserError(f"{folder} is a file, or below one; must be a folder") from None
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The settings and the tensors that a folder holds.
-
-    Raises:
-        UserError: a file is missing, damaged or from a newer version.
-    """
-    path = folder / CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"{path} does not exist; must be a file that save_bottleneck wrote") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    version = settings.pop("format", None) if isinstance(settings, dict) else None
-    if type(version) is not int or version != FORMAT:
-        newer = type(version) is int and version > FORMAT
-        remedy = "upgrade vittle-kernels, which is older than the file" if newer else "save_bottleneck writes it"
-        raise UserError(f"{path} has format {version!r}; this version reads format {FORMAT}: {remedy}")
-    return settings, _read_tensors(folder)
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Of the bottleneck's own file, or else of the model's in ``model.safetensors`` or its shards."""
-    from safetensors import SafetensorError, safe_open
-
-    files, prefix = [WEIGHTS], ""
-    if not (folder / WEIGHTS).exists():
-        prefix = PREFIX
-        index = folder / "model.safetensors.index.json"
-        if (folder / "model.safetensors").exists():
-            files = ["model.safetensors"]
-        elif index.exists():
-            try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = sorted({Path(file).name for name, file in names.items() if name.startswith(prefix)})
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} is damaged: {error}") from error
-        else:
-            raise UserError(f"{folder} has a {CONFIG} but neither {WEIGHTS} nor model.safetensors")
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(folder / file, "pt") as stored:
-                for name in stored.keys():  # noqa: SIM118 (it is no dictionary)
-                    if name.startswith(prefix):
-                        tensors[name.removeprefix(prefix)] = stored.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / file} is damaged: {error}") from error
-    if not tensors:
-        raise UserError(f"{folder / files[0] if files else folder} holds no {PREFIX}* tensors")
-    return tensors
-
-
 class Replaced:
     """Stands in for a method of one object, with the method's own signature."""
 
@@ -146,31 +163,35 @@ class Replaced:
 
 
 class SavePretrained(Replaced):
-    """A model's ``save_pretrained``, and the bottleneck's config beside it.
+    """A model's ``save_pretrained``, and the methods' configs beside it.
 
-    The bottleneck's tensors are among the model's own, or, where those are adapters or somebody's choice of tensors,
-    in a file of their own.
+    Their tensors are among the model's own, or, where those are adapters or somebody's choice of tensors, in files of
+    their own.
     """
 
-    def __init__(self, model: Any, attachment: Any) -> None:
+    def __init__(self, model: Any, attachments: Callable[[], Sequence[Any]]) -> None:
         super().__init__(model, "save_pretrained")
-        self.attachment = attachment
+        self.attachments = attachments
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``PreTrainedModel.save_pretrained``."""
         given = self.arguments(args, kwargs)
         folder, pushes = Path(given["save_directory"]), given.get("push_to_hub")
-        if given.get("is_main_process", True):
-            write_settings(folder, self.attachment.settings())  # before the model, so that a push has it
-            tensors = given.get("state_dict")
-            is_whole = tensors is None or any(name.startswith(PREFIX) for name in tensors)
-            if is_whole and not given.get("variant") and not getattr(self.owner, "_hf_peft_config_loaded", False):
-                result = self.method(*args, **kwargs)
-                (folder / WEIGHTS).unlink(missing_ok=True)  # the model's own file has newer ones
-                return result
-            if tensors is None or pushes:
-                write(folder, self.attachment.settings(), self.attachment.module.state_dict())
-        return self.method(*args, **kwargs)
+        if not given.get("is_main_process", True):
+            return self.method(*args, **kwargs)
+        tensors = given.get("state_dict")
+        is_plain = not given.get("variant") and not getattr(self.owner, "_hf_peft_config_loaded", False)
+        among: list[Files] = []
+        for each in self.attachments():  # before the model, so that a push has them
+            each.files.write_settings(folder, each.settings())
+            if is_plain and (tensors is None or any(name.startswith(each.files.prefix) for name in tensors)):
+                among.append(each.files)
+            elif tensors is None or pushes:
+                each.files.write(folder, each.settings(), each.module.state_dict())
+        result = self.method(*args, **kwargs)
+        for files in among:
+            (folder / files.weights).unlink(missing_ok=True)  # the model's own file has newer ones
+        return result
 
 
 _RELEASED = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vittle.evaluate import Asking, inputs
 from vittle.methods import peft
-from vittle.methods.bottleneck import decoder_layers, vision_ids
+from vittle.methods.attachment import decoder_layers, vision_ids
 from vittle.metrics.representation import Spectrum
 from vittle.shifts import Condition
 from vittle.tasks import Sample
