@@ -18,22 +18,9 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vittle.errors import UserError
+from vittle.models import CHAT_TEMPLATE
 
 IMAGE_TOKEN = "<image>"
-
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and \
-polite answers to the user's questions.
-{%- for message in messages -%}
-{{ ' ' if message['role'] == 'user' or loop.first }}{{ message['role'] | upper }}:{{ ' ' }}
-{%- for part in message['content'] -%}
-{{ '<image>\n' if part['type'] == 'image' else part['text'] }}
-{%- endfor -%}
-{{ eos_token if message['role'] == 'assistant' else ' ' }}
-{%- endfor -%}
-{{ 'ASSISTANT:' if add_generation_prompt }}"""
-"""LLaVA-1.5's, ``v1``: Vicuna's system prompt and roles."""
 
 
 def assemble(vision: str, language: str, output: str, *, seed: int = 0) -> None:

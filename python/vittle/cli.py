@@ -13,6 +13,7 @@ from typing import Any
 from vittle import ranks
 from vittle.errors import UserError
 from vittle.methods.bottleneck import ALPHA_SCHEDULES, BottleneckConfig
+from vittle.methods.vpgc import VPGCConfig
 
 _EXTRAS = dict.fromkeys(("train", "labels", "assemble"), "train") | {"endpoint": "judge"}
 """What a module of the application needs; all others: eval."""
@@ -91,11 +92,15 @@ def _train(options: argparse.Namespace) -> None:
     settings["learning_rate"] = options.learning_rate or (1e-3 if is_align else 2e-5)
     if not (options.plain or is_align):
         bottleneck = BottleneckConfig(**{name: settings[name] for name in BottleneckConfig.__dataclass_fields__})
-    names = train.TrainConfig.__dataclass_fields__.keys() - {"bottleneck"}
-    result = train.train(train.TrainConfig(bottleneck=bottleneck, **{name: settings[name] for name in names}))
+    vpgc = None if options.vpgc is None else VPGCConfig(None if options.vpgc is True else options.vpgc)
+    names = train.TrainConfig.__dataclass_fields__.keys() - {"bottleneck", "vpgc"}
+    methods = {"bottleneck": bottleneck, "vpgc": vpgc}
+    result = train.train(train.TrainConfig(**methods, **{name: settings[name] for name in names}))
     if not ranks.is_first():
         return
     waited = f"{100 * result.data_share:.1f} % of it waiting for data"
+    if result.second_look_share is not None:
+        waited += f"; the second look took {result.second_look_share:.1%} of the forward passes"
     print(f"{result.steps} steps in {result.seconds:.0f} s, {waited}; the model is in {options.output}")
 
 
@@ -192,7 +197,7 @@ def _add_data(command: argparse.ArgumentParser) -> None:
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_evaluate)
     add = command.add_argument
-    add("--model", required=True, metavar="DIR|ID", help="folder or Hub id; adapters and bottleneck are found there")
+    add("--model", required=True, metavar="DIR|ID", help="folder or Hub id; adapters and methods are found there")
     add("--task", required=True, help="digits, pope, pope-strict, mme, choice, exact, demon or llava-bench")
     add("--output", required=True, metavar="DIR", help="folder of the evaluation")
     add("--data", metavar="PATH", help="the task's file or folder (digits: none)")
@@ -265,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     add = benchmark.add_argument
     add("--data", required=True, metavar="DIR", help="the benchmark's folder, with TASK/core/core.json")
     answers = benchmark.add_mutually_exclusive_group(required=True)
-    answers.add_argument("--model", metavar="DIR|ID", help="folder or Hub id; adapters and bottleneck are found there")
+    answers.add_argument("--model", metavar="DIR|ID", help="folder or Hub id; adapters and methods are found there")
     answers.add_argument("--predictions", metavar="DIR", help="folder with TASK/pred.json, instead of a model")
     add("--output", metavar="DIR", help="folder of the results (predictions: theirs)")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="folders of the data (default: all)")
@@ -329,7 +334,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--alpha", type=float, default=0.5, help="interpolation weight at the end of training")
     add("--alpha-schedule", choices=tuple(ALPHA_SCHEDULES), default="sigmoid", help="how alpha gets there")
     add("--beta", type=float, default=0.1, help="weight of the KL")
-    add("--tuning", choices=("full", "lora", "frozen"), default="full", help="frozen: the bottleneck alone")
+    add("--vpgc", nargs="?", type=int, const=True, metavar="N",
+        help="VPG-C's second look at the images, after N decoder layers (default: half)")  # fmt: skip
+    add("--tuning", choices=("full", "lora", "projector", "frozen"), default="full",
+        help="beside bottleneck and second look: the model, adapters, the projector or nothing")  # fmt: skip
     add("--lora-rank", type=int, default=128, metavar="R", help="of LoRA's adapters")
     add("--on-bad", choices=("stop", "skip"), default="stop", help="what a bad record does")
     add("--repeated-ids", action="store_true", help="allow ids that repeat, as in LLaVA's released files")

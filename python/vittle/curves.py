@@ -14,6 +14,7 @@ _PANELS: tuple[tuple[str, dict[str, str], float], ...] = (
     ("alpha", {"alpha": "alpha"}, 1),
     ("tokens a second", {"tokens_per_second": "tokens a second"}, 1),
     ("bottleneck's share of step time, %", {"bottleneck_share": "share"}, 100),
+    ("second look's share of forward passes, %", {"second_look_share": "share"}, 100),
 )
 _COLORS = ("#c2410c", "#2f6f9f")
 

@@ -36,7 +36,7 @@ def run(
 
     Args:
         data: the benchmark's folder, with `TASK/core/core.json`.
-        model: folder or Hub id; adapters and bottleneck are found there.
+        model: folder or Hub id; adapters and methods are found there.
         output: folder of the results.
         tasks: folders in data; none: all there are.
         limit: the first samples of each task only.

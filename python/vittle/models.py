@@ -1,4 +1,4 @@
-"""Models and processors from a folder or a Hub id: plain, with adapters, with a bottleneck."""
+"""Models and processors from a folder or a Hub id: plain, with adapters, with a bottleneck and a second look."""
 
 from __future__ import annotations
 
@@ -12,18 +12,31 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Blip2Processor, LlavaProcessor
 from transformers.utils import logging
 
 from vittle.errors import UserError
-from vittle.methods import saving
-from vittle.methods.bottleneck import load_bottleneck
+from vittle.methods import bottleneck, vpgc
 
 ADAPTER_CONFIG = "adapter_config.json"
 """What PEFT writes beside its adapters."""
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """What a model is read from: weights, settings, chat template, tokenizer."""
+
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and \
+polite answers to the user's questions.
+{%- for message in messages -%}
+{{ ' ' if message['role'] == 'user' or loop.first }}{{ message['role'] | upper }}:{{ ' ' }}
+{%- for part in message['content'] -%}
+{{ '<image>\n' if part['type'] == 'image' else part['text'] }}
+{%- endfor -%}
+{{ eos_token if message['role'] == 'assistant' else ' ' }}
+{%- endfor -%}
+{{ 'ASSISTANT:' if add_generation_prompt }}"""
+"""LLaVA-1.5's, ``v1``: Vicuna's system prompt and roles."""
 
 
 def folder_of(path: str) -> Path:
@@ -53,16 +66,18 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_tuned(path: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model as a run of ``vittle train`` left it, in eval mode: with PEFT's adapters and its bottleneck, if any.
+    """A model as a run of ``vittle train`` left it, in eval mode: with PEFT's adapters and its methods, if any.
 
     Raises:
-        UserError: there is no such model, or its adapters or its bottleneck do not fit.
+        UserError: there is no such model, or its adapters or methods do not fit.
     """
     folder = folder_of(path)
     has_adapters = (folder / ADAPTER_CONFIG).is_file()
     model = _with_adapters(folder, dtype) if has_adapters else load_model(str(folder), dtype)
-    if (folder / saving.CONFIG).is_file():
-        load_bottleneck(model, folder)
+    if (folder / vpgc.FILES.config).is_file():
+        vpgc.load_vpgc(model, folder, freeze=False)
+    if (folder / bottleneck.FILES.config).is_file():
+        bottleneck.load_bottleneck(model, folder)
     return model.eval()
 
 
@@ -108,15 +123,25 @@ def fingerprint(path: str) -> str:
 
 
 def load_processor(path: str) -> Any:
-    """A vision-language model's processor.
+    """A vision-language model's processor, which takes any number of images anywhere in a text.
 
     Raises:
         UserError: there is no such model.
     """
     try:
-        return AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise _no_model(path, error) from error
+    return _interleaved(processor) if isinstance(processor, Blip2Processor) else processor
+
+
+def _interleaved(processor: Any) -> LlavaProcessor:
+    """BLIP-2's processor puts one image before a text; LLaVA's, told so, puts as many tokens wherever one is marked."""
+    return LlavaProcessor(
+        processor.image_processor, processor.tokenizer,
+        patch_size=1 << 30, num_additional_image_tokens=processor.num_query_tokens,  # no patches, all queries
+        vision_feature_select_strategy="full", chat_template=processor.chat_template or CHAT_TEMPLATE,
+    )  # fmt: skip
 
 
 def _no_model(path: str, error: Exception) -> UserError:

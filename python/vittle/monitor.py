@@ -1,21 +1,26 @@
-"""What a training log says besides the loss: alpha, CE, KL and posterior, tokens per second, the bottleneck's share."""
+"""What a training log says besides the loss: alpha, CE, KL and posterior, tokens per second, what the methods cost."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from vittle.methods.bottleneck import Attachment
+from vittle.methods.attachment import attached
+from vittle.methods.bottleneck import bottleneck_of
 from vittle_kernels import FusedIB, FusedIBOutput
 
 _SUMS = ("tokens", "ce", "kl_vision", "kl_text", "std_vision", "tokens_vision", "std_text", "tokens_text")
 """What is summed over a window and over all ranks."""
+
+SHARE = "second_look_share"
+"""Of the forward passes' time, in a log."""
 
 
 class Interval:
@@ -53,11 +58,11 @@ class Monitor(TrainerCallback):
 
     Args:
         device: of the training.
-        attachment: of the bottleneck; None without one.
+        model: with or without a bottleneck or a second look.
     """
 
-    def __init__(self, device: torch.device, attachment: Attachment | None) -> None:
-        self.device, self.attachment = device, attachment
+    def __init__(self, device: torch.device, model: Any) -> None:
+        self.device, self.attachment, self.second_look = device, bottleneck_of(model), attached(model, "vpgc")
         self.hooks: list[RemovableHandle] = []
         self.of_step: list[RemovableHandle] = []
         self._clear()
@@ -66,6 +71,8 @@ class Monitor(TrainerCallback):
         self.sums: dict[str, Tensor] = {}
         self.steps: list[Interval] = []
         self.passes: list[Interval] = []
+        self.forwards: list[Interval] = []
+        self.looks: list[Interval] = []
         self.begin = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,6 +81,9 @@ class Monitor(TrainerCallback):
         if self.attachment is not None:
             module, self.attachment.measures_std = self.attachment.module, True
             self.hooks = [module.register_forward_pre_hook(self._enters), module.register_forward_hook(self._leaves)]
+        if self.second_look is not None:
+            look = self.second_look.module
+            self.hooks += [look.register_forward_pre_hook(self._looks), look.register_forward_hook(self._looked)]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step of the optimizer begins."""
@@ -138,8 +148,26 @@ class Monitor(TrainerCallback):
             values["alpha"] = round(float(self.attachment.module.alpha), 4)
             in_steps, in_bottleneck = (sum(each.seconds for each in kind) for kind in (self.steps, self.passes))
             values["bottleneck_share"] = round(in_bottleneck / in_steps, 4)
+        if self.looks:
+            in_forwards, in_looks = (sum(each.seconds for each in kind) for kind in (self.forwards, self.looks))
+            values[SHARE] = round(in_looks / in_forwards, 4)
         self._clear()
         return values
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Around a forward pass of a training step."""
+        self.forwards.append(Interval(self.device))
+        yield
+        self.forwards[-1].ends()
+
+    def _looks(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.looks.append(Interval(self.device))
+
+    def _looked(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.looks[-1].ends()
 
     def _enters(self, module: FusedIB, args: tuple[Tensor, ...]) -> None:
         if module.training and torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""``vittle train``: transformers' own Trainer on LLaVA's data, plainly or with the bottleneck."""
+"""``vittle train``: transformers' own Trainer on LLaVA's data, plainly, with the bottleneck, with a second look."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from vittle import checkpoints, ranks
 from vittle.curves import CURVES, draw
 from vittle.data import CaptionCollator, Collator, LlavaDataset
 from vittle.errors import UserError
-from vittle.methods import instruct, saving
+from vittle.methods import instruct
+from vittle.methods.attachment import methods_of
 from vittle.methods.bottleneck import (
     ALPHA_SCHEDULES,
     BottleneckConfig,
     attach_bottleneck,
-    attachment_of,
 )
 from vittle.methods.instruct import Loss, TaskTemplates
-from vittle.methods.saving import PREFIX
+from vittle.methods.vpgc import VPGCConfig, attach_vpgc
 from vittle.models import load_model, load_processor, quiet
+from vittle.monitor import SHARE
 from vittle.trainer import AlphaCallback, BottleneckTrainer
 
 
@@ -45,10 +46,11 @@ class TrainConfig:
     output: str
     stage: Literal["align", "tune"] = "tune"
     bottleneck: BottleneckConfig | None = field(default_factory=BottleneckConfig)
+    vpgc: VPGCConfig | None = None
     alpha_schedule: str = "sigmoid"
     loss: Loss = "response"
     task_templates: str = "20"
-    tuning: Literal["full", "lora", "frozen"] = "full"
+    tuning: Literal["full", "lora", "projector", "frozen"] = "full"
     lora_rank: int = 128
     on_bad: Literal["stop", "skip"] = "stop"
     repeated_ids: bool = False
@@ -85,10 +87,13 @@ class TrainResult:
     """Of the time, spent waiting for data."""
     skipped: int
     """Records that were bad, and times that one had a broken image."""
+    second_look_share: float | None
+    """Of the forward passes' time, in the last window of the log; None without a second look."""
 
 
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
-    """Tunes a model and writes it to ``config.output``, with ``bottleneck.safetensors`` where it has a bottleneck.
+    """Tunes a model and writes it to ``config.output``, with ``bottleneck.safetensors`` where it has a bottleneck and
+    ``vpgc.safetensors`` where it has a second look.
 
     Raises:
         UserError: a setting, the data or the output folder cannot be used.
@@ -121,6 +126,8 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         bottleneck = attach_bottleneck(model, config.bottleneck)
         schedule = ALPHA_SCHEDULES[config.alpha_schedule]
         callbacks.append(AlphaCallback(bottleneck, schedule, config.bottleneck.alpha))
+    if config.vpgc is not None:
+        attach_vpgc(model, config.vpgc, freeze=False)
     model = _tuned(model, config)
     trainer = BottleneckTrainer(
         model=model,
@@ -150,12 +157,13 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     return TrainResult(
         model.eval(), processor, trainer.state.log_history, outcome.global_step, seconds,
         trainer.data_seconds / seconds, len(dataset.bad) + broken,
+        next((log[SHARE] for log in reversed(trainer.state.log_history) if SHARE in log), None),
     )  # fmt: skip
 
 
 _NOT_COMPARED = {
     "output", "resume", "data", "workers", "report_to", "log_steps", "save_steps", "keep_checkpoints",
-    "batch_size", "gradient_accumulation", "bottleneck",
+    "batch_size", "gradient_accumulation", "bottleneck", "vpgc",
 }  # fmt: skip
 """Settings that the losses do not depend on, or that others below stand for."""
 
@@ -165,8 +173,10 @@ def _begin(config: TrainConfig, processes: int) -> tuple[str | None, dict[str, A
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_COMPARED}
     settings["global_batch"] = config.batch_size * config.gradient_accumulation * processes
     settings[checkpoints.SPLIT] = [config.batch_size, config.gradient_accumulation, processes]
-    bottleneck = {} if config.bottleneck is None else asdict(config.bottleneck)
-    settings |= {f"bottleneck.{name}": value for name, value in bottleneck.items()}
+    for method in ("bottleneck", "vpgc"):
+        of_method = getattr(config, method)
+        if of_method is not None:
+            settings |= {f"{method}.{name}": value for name, value in asdict(of_method).items()}
     for name in ("model", "images"):
         if Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
@@ -203,24 +213,21 @@ def task_templates(loss: str, source: str, dataset: LlavaDataset) -> TaskTemplat
 
 
 def _tuned(model: Any, config: TrainConfig) -> Any:
-    """What is trained: the projector; all but a frozen vision tower, PEFT's adapters, or the bottleneck alone."""
-    if config.stage == "align":
-        if config.bottleneck is not None or config.tuning != "full" or config.loss != "response":
-            raise UserError("stage is 'align', which trains the projector alone; leave out bottleneck, tuning and loss")
+    """What is trained besides bottleneck and second look: all but a frozen vision tower, PEFT's adapters, the
+    projector, or nothing.
+    """
+    attached = [each.module for each in methods_of(model)]
+    if config.stage == "align" and (attached or config.tuning != "full" or config.loss != "response"):
+        raise UserError("stage is 'align', which trains the projector alone; leave out methods, tuning and loss")
+    if config.tuning == "frozen" and not attached:
+        raise UserError("tuning is 'frozen' and there is neither bottleneck nor second look; nothing would be trained")
+    if config.stage == "align" or config.tuning in ("projector", "frozen"):
         model.requires_grad_(False)
-        projector = [p for name, p in model.named_parameters() if "multi_modal_projector" in name]
-        if not projector:
-            raise UserError(f"{type(model).__name__} has no multi_modal_projector to align")
-        for parameter in projector:
-            parameter.requires_grad_(True)
+        trained = attached if config.tuning == "frozen" else [*attached, projector_of(model)]
+        for module in trained:
+            module.requires_grad_(True)
         return model
     if config.tuning == "full":
-        return model
-    if config.tuning == "frozen":
-        if config.bottleneck is None:
-            raise UserError("tuning is 'frozen' and there is no bottleneck; there would be nothing to train")
-        model.requires_grad_(False)
-        model.bottleneck.requires_grad_(True)
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -264,6 +271,19 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     )
 
 
+def projector_of(model: nn.Module) -> nn.Module:
+    """What brings the images' features into the language model's space.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = ("multi_modal_projector", "language_projection")  # LLaVA's and BLIP-2's
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in names:
+            return module
+    raise UserError(f"{type(model).__name__} has no {' or '.join(names)} to train")
+
+
 def freeze_vision(model: nn.Module) -> None:
     """The vision tower keeps its weights, as in the papers; projector and language model are tuned."""
     for name, parameter in model.named_parameters():
@@ -282,11 +302,15 @@ def save_run(trainer: BottleneckTrainer, processor: Any, output: Path) -> None:
     with checkpoints.writing(output, "the model") as folder, quiet():
         processor.save_pretrained(folder)
         if isinstance(model, PreTrainedModel):
-            names = [name for name in state if name.startswith(PREFIX)]
-            of_bottleneck = {name.removeprefix(PREFIX): state.pop(name) for name in names}
+            own: dict[str, dict[str, Any]] = {}
+            for each in methods_of(model):
+                prefix = each.files.prefix
+                own[prefix] = {
+                    name.removeprefix(prefix): state.pop(name) for name in [*state] if name.startswith(prefix)
+                }
             model.save_pretrained(folder, state_dict=state)
-            if of_bottleneck:
-                saving.write(folder, attachment_of(model).settings(), of_bottleneck)
+            for each in methods_of(model):
+                each.files.write(folder, each.settings(), own[each.files.prefix])
         else:
             model.save_pretrained(folder, state_dict=state)
         draw(trainer.state.log_history, folder / CURVES)

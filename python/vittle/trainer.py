@@ -23,9 +23,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from vittle import checkpoints
 from vittle.data import LlavaDataset, ModalityLengthSampler
 from vittle.errors import UserError
-from vittle.methods.bottleneck import AlphaSchedule, attachment_of
-from vittle.methods.peft import base_model
-from vittle.methods.saving import PREFIX
+from vittle.methods.attachment import methods_of
+from vittle.methods.bottleneck import AlphaSchedule
 from vittle.models import quiet
 from vittle.monitor import Monitor
 
@@ -51,14 +50,15 @@ class AlphaCallback(TrainerCallback):
 
 _COLUMNS: dict[str, tuple[str, str]] = {
     "step": ("step", "{:6d}"),
-    "loss": ("loss", "{:9.4f}"),
-    "ce": ("CE", "{:9.4f}"),
+    "loss": ("loss", "{:8.4f}"),
+    "ce": ("CE", "{:8.4f}"),
     "kl_vision": ("KL vision", "{:10.4f}"),
     "kl_text": ("KL text", "{:8.4f}"),
-    "std_vision": ("std v", "{:7.3f}"),
-    "std_text": ("std t", "{:7.3f}"),
-    "alpha": ("alpha", "{:7.3f}"),
-    "bottleneck_share": ("share", "{:7.1%}"),
+    "std_vision": ("std v", "{:6.3f}"),
+    "std_text": ("std t", "{:6.3f}"),
+    "alpha": ("alpha", "{:6.3f}"),
+    "bottleneck_share": ("share", "{:6.1%}"),
+    "second_look_share": ("look", "{:6.1%}"),
     "tokens_per_second": ("tokens/s", "{:9.0f}"),
 }
 """What a line of the terminal shows of a log: heads and formats; in all at most 80 columns."""
@@ -115,7 +115,7 @@ class BottleneckTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.settings = dict(settings or {})
         self.run_dir: Path | None = None
-        self.monitor = Monitor(self.args.device, getattr(base_model(self.model), "_attachment", None))
+        self.monitor = Monitor(self.args.device, self.model)
         self.add_callback(self.monitor)
         if self.pop_callback(ProgressCallback):
             self.add_callback(TableCallback())
@@ -146,14 +146,16 @@ class BottleneckTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own, watched by the monitor."""
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        if model.training:
-            copies = getattr(self.model, "_tp_size", None) or 1
-            ranks = self.args.world_size // copies
-            weight = 1 / (ranks * self.current_gradient_accumulation_steps)
-            if kwargs.get("num_items_in_batch") is not None and self.model_accepts_loss_kwargs:
-                weight = 1.0 if self.args.average_tokens_across_devices else 1 / ranks
-            self.monitor.add(inputs, weight, copies)
+        if not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with self.monitor.forward_pass():
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+        copies = getattr(self.model, "_tp_size", None) or 1
+        ranks = self.args.world_size // copies
+        weight = 1 / (ranks * self.current_gradient_accumulation_steps)
+        if kwargs.get("num_items_in_batch") is not None and self.model_accepts_loss_kwargs:
+            weight = 1.0 if self.args.average_tokens_across_devices else 1 / ranks
+        self.monitor.add(inputs, weight, copies)
         return result
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -206,9 +208,9 @@ class BottleneckTrainer(Trainer):
         if report["missing_keys"]:
             raise UserError(f"{resume_from_checkpoint} has no {min(report['missing_keys'])}; it holds another model")
         saved = loaded.state_dict()
-        if hasattr(model, "bottleneck"):
-            attachment_of(model).load(Path(resume_from_checkpoint))
-            saved |= {name: t for name, t in model.state_dict().items() if name.startswith(PREFIX)}
+        for each in methods_of(model):
+            each.load(Path(resume_from_checkpoint))
+            saved |= {name: t for name, t in model.state_dict().items() if name.startswith(each.files.prefix)}
         model.load_state_dict(saved)
 
     def _load_best_model(self) -> None:

@@ -15,9 +15,9 @@ import torch
 from test_collate import item, metaspace, processor
 from test_template import CHATML, GEMMA3, LLAMA3
 
-from vittle.assemble import CHAT_TEMPLATE
 from vittle.data import Collator
 from vittle.methods.instruct import TaskTemplates
+from vittle.models import CHAT_TEMPLATE
 
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATES = {"llava-1.5": CHAT_TEMPLATE, "qwen2.5-vl": CHATML, "llama-3": LLAMA3, "gemma-3": GEMMA3}

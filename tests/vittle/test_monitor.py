@@ -73,7 +73,11 @@ def test_posterior_and_tokens(tmp_path: Path) -> None:
         assert log["loss"] == pytest.approx(log["ce"] + 0.1 * (log["kl_vision"] + log["kl_text"]), abs=2e-4)
         assert 0 < log["bottleneck_share"] < 1
     assert sum(2 * 3 * 14 / log["tokens_per_second"] for log in logs) < seconds
-    assert not model._attachment.measures_std and not bottleneck._forward_hooks and not bottleneck._forward_pre_hooks
+    assert (
+        not vittle.attachment_of(model).measures_std
+        and not bottleneck._forward_hooks
+        and not bottleneck._forward_pre_hooks
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
