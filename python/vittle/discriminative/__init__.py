@@ -5,6 +5,7 @@ changed. Every part can be replaced: `make_pairs` takes them as callables, and a
 is read alike.
 """
 
+from vittle.discriminative.attention import attention_of
 from vittle.discriminative.gallery import write_gallery
 from vittle.discriminative.pairs import KINDS, Kind, Pair, StoredPair, read_pairs, to_llava, write_pairs
 from vittle.discriminative.pipeline import Attend, Describe, Edit, Edited, Object, Picture, make_edits, make_pairs
@@ -21,6 +22,7 @@ __all__ = [
     "Pair",
     "Picture",
     "StoredPair",
+    "attention_of",
     "make_edits",
     "make_pairs",
     "read_pairs",
