@@ -126,3 +126,23 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             ["--device", "cpu", "--powers", "12", "12", "--output", str(tmp_path)]
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One turn of each form; what is predicted is the second look's own multiply-adds."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    module = importlib.import_module("bench_second_look")
+    options = ["--shape", "demo", "demo-qformer", "--turns", "1", "--device", "cpu", "--output", str(tmp_path)]
+    assert module.main(options) == 0
+    saved = json.loads((tmp_path / "second_look.json").read_text())["benchmarks"]
+    assert len(saved) == 2 * 2 * 2 and all(entry["stats"]["median"] > 0 for entry in saved)
+    table = capsys.readouterr().out.splitlines()[-5:]
+    assert max(map(len, table)) <= 80 and [row.split(",")[0] for row in table[1::2]] == ["demo", "demo-qformer"]
+
+    shape = module.SHAPES["demo"]
+    model, prompt = module.build(shape), module.make_prompt(shape, 4, torch.device("cpu"))
+    with module.FlopCounterMode(display=False) as counter:
+        model(**prompt)
+    look = 2 * 4 * 128 * 128 + 2 * 4 * 16 * 128 * 128  # W_1 for four images, W_2 for their patches
+    assert module.predicted_share(model, prompt) == pytest.approx(look / counter.get_total_flops())
