@@ -1,4 +1,4 @@
-"""Every block of docs/vittle.md and docs/discriminative.md, in order, on the demo's small model and scenes."""
+"""Every block of docs/vittle.md, docs/vpgc.md and docs/discriminative.md, in order, on small models and scenes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_train_vpgc import write_blip
 
 from vittle.cli import main
 from vittle.demo.scenes import write_dataset
@@ -44,6 +45,25 @@ def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="the demo's model is not there: make demo-checkpoint")
+@pytest.mark.filterwarnings("ignore")
+def test_every_block_about_the_second_look_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_blip(tmp_path / "blip", image=64)
+    names: dict[str, Any] = {}
+    text = (ROOT / "docs" / "vpgc.md").read_text(encoding="utf-8").replace("docs/recipes", f"{ROOT}/docs/recipes")
+    text = text.replace("llava-hf/llava-1.5-7b-hf", str(MODEL)).replace("Salesforce/blip2-opt-2.7b", "./blip")
+    for kind, block in BLOCK.findall(text):
+        if kind == "python":
+            exec(compile(block, "docs/vpgc.md", "exec"), names)
+            continue
+        for line in block.strip().splitlines():
+            words = [*shlex.split(line)[1:], "--max-steps", "2", "--workers", "0", "--batch-size", "4"]
+            assert main([*words, "--warmup-ratio", "0"]) == 0
+    assert {path.name for path in (tmp_path / "runs").glob("*/vpgc.safetensors")} == {"vpgc.safetensors"}
+    assert {path.parent.name for path in (tmp_path / "runs").glob("*/vpgc.safetensors")} == {"vpgc", "linear", "all"}
 
 
 @pytest.mark.skipif(not MODEL.exists(), reason="the demo's model is not there: make demo-checkpoint")
