@@ -268,6 +268,7 @@ def test_where() -> None:
     assert guided(vision, attended) == [[4, 4], [5, 5], [-1, -1]]
     labels = torch.tensor([[-100, -100, -100, -100, 7, -100], [-100, -100, -100, -100, 8, 9], [-100] * 6])
     assert guided(vision, attended, labels) == [[3, 3], [1, 1], [-1, -1]]
+    assert guided(vision, attended, torch.where(attended, 5, -100)) == [[0, 0], [1, 1], [-1, -1]]  # all is labelled
     instruction = torch.tensor([[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0], [0] * 6]).bool()
     assert guided(vision, attended, labels, instruction) == [[4, 4], [4, 4], [-1, -1]]
 
@@ -514,7 +515,7 @@ def test_a_copy_looks_too(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["LLaVA", "BLIP-2"])
-@pytest.mark.parametrize("method", ["vpgc", "bottleneck"])
+@pytest.mark.parametrize("method", [pytest.param("vpgc", marks=pytest.mark.slow), "bottleneck"])
 def test_a_compiled_model(kind: str, method: str) -> None:
     model = MODELS[kind]()
     batch = batch_for(model)

@@ -139,12 +139,12 @@ def where_to_look(
     columns = torch.arange(length, device=vision.device).expand_as(vision)
     ends = torch.full_like(columns, length)
     if labels is not None:
-        response = labels != IGNORED
+        response = (labels != IGNORED) & ~vision
         if instruction is not None:
             response = response & ~instruction
         ends = torch.where(response, columns, length).flip(1).cummin(1).values.flip(1)
     texts = torch.where(attended & ~vision, columns, -1).cummax(1).values
-    return Where(vision, texts.gather(1, ends - 1))
+    return Where(vision, texts.gather(1, (ends - 1).clamp(min=0)))
 
 
 class SecondLook(Attachment):
@@ -228,8 +228,7 @@ class SecondLook(Attachment):
         if features is None:
             raise UserError("the images were encoded outside this forward pass; pass pixel_values")
         where = Where(*(each.to(hidden_states.device) for each in where))
-        copies = hidden_states.shape[0] // where.vision.shape[0]  # beams
-        states = hidden_states[::copies]
+        copies = hidden_states.shape[0] // where.vision.shape[0]  # beams, alike so far
         rows, columns = where.vision.nonzero(as_tuple=True)
         tokens = self.module.queries.shape[1] if isinstance(self.module, QFormerLook) else features.shape[1]
         if features.shape[0] * tokens == copies * len(rows):
@@ -238,14 +237,12 @@ class SecondLook(Attachment):
         if count * tokens != len(rows) or (rows.view(count, tokens) != rows[::tokens, None]).any():
             found = where.vision.sum(1).tolist()
             raise UserError(f"there are {count} images of {tokens} tokens each; the samples have {found} image tokens")
-        rows, columns = rows[::tokens], columns[::tokens]
-        guided = where.guidance[rows, columns]
-        guidance = states[rows, guided.clamp(min=0)] * (guided >= 0).unsqueeze(1)
+        guided = where.guidance[rows, columns][::tokens]
+        guidance = hidden_states[copies * rows[::tokens], guided.clamp(min=0)] * (guided >= 0).unsqueeze(1)
         look: tuple[Any, ...] = (guidance, features) if self.qformer is None else (guidance, features, self.qformer)
-        seen = self.module(*look).to(states.dtype)
-        added = torch.zeros_like(states[:, : where.vision.shape[1]]).masked_scatter(where.vision.unsqueeze(-1), seen)
-        added = F.pad(added, (0, 0, 0, states.shape[1] - added.shape[1]))
-        return hidden_states + added.repeat_interleave(copies, 0)
+        seen = self.module(*look).to(hidden_states.dtype).flatten(0, 1).repeat(copies, 1)
+        rows = torch.cat([copies * rows + copy for copy in range(copies)])
+        return hidden_states.index_put((rows, columns.repeat(copies)), seen, accumulate=True)
 
     def _generating(self, forward: Forward, batch: dict[str, Any], prompt: Where) -> Any:
         """A pass of ``generate``: over the prompts, or, after them, over tokens that saw what was looked at."""
@@ -289,9 +286,8 @@ class SecondLook(Attachment):
         """In training the loss has a gradient for the second look: of nothing."""
         trained = [each for each in self.module.parameters() if each.requires_grad]
         has_loss = isinstance(output, tuple) or getattr(output, "loss", None) is not None
-        if not (self.model.training and trained and has_loss and torch.is_grad_enabled()) or ranks.is_sharded(
-            self.model
-        ):
+        trains = self.model.training and torch.is_grad_enabled() and not ranks.is_sharded(self.model)
+        if not (trains and trained and has_loss):
             return output
         nothing = 0 * torch.stack([each.sum() for each in trained]).sum()
         return add_to_loss(output, nothing.to(loss_of(output).device))
