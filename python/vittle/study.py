@@ -77,12 +77,12 @@ def study(output: str | Path, scale: Scale | None = None) -> dict[str, Any]:
     scale, output = scale or Scale(), Path(output)
     if scale.seeds < 2:
         raise UserError(f"seeds is {scale.seeds}; must be at least 2, for a spread")
-    _same_scale(output / "scale.json", scale)
+    same_scale(output / "scale.json", scale)
     held_out = _data(output / "data" / "held_out", "held_out", scale.questions, 10_000)
     encoders = _encoders(output / "encoders")
     plan = [(name, seed) for name in METHODS for seed in range(scale.seeds)]
     plan += [(name, seed) for name in SWEEPS for seed in range(scale.sweep_seeds)]
-    folders = {run: output / "runs" / f"{_slug(run[0])}-{run[1]}" for run in plan}
+    folders = {run: output / "runs" / f"{slug(run[0])}-{run[1]}" for run in plan}
     summaries = {}
     for done, ((name, seed), folder) in enumerate(folders.items(), start=1):
         print(f"\n{name}, seed {seed}: run {done} of {len(plan)}", flush=True)
@@ -100,7 +100,7 @@ def study(output: str | Path, scale: Scale | None = None) -> dict[str, Any]:
         "results": results,
         "settings": {**SETTINGS, "max_steps": scale.steps, "training": scale.training, "questions": scale.questions,
                      "shifts": list(summary["conditions"])},
-        "machine": _machine(),
+        "machine": machine(),
     }  # fmt: skip
     write_json(output / "study.json", found)
     (output / "study.md").write_text(page(found), encoding="utf-8")
@@ -108,8 +108,12 @@ def study(output: str | Path, scale: Scale | None = None) -> dict[str, Any]:
     return found
 
 
-def _same_scale(path: Path, scale: Scale) -> None:
-    """The runs of a folder are of one scale; seeds may be added."""
+def same_scale(path: Path, scale: Any) -> None:
+    """The runs of a folder are of one scale, a dataclass; seeds may be added.
+
+    Raises:
+        UserError: the folder's are of another.
+    """
     content = {name: value for name, value in asdict(scale).items() if not name.endswith("seeds")}
     if path.exists() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != json.loads(json.dumps(content)):
         raise UserError(f"{path.parent} holds a study of another scale, {shown(earlier)}; name another folder")
@@ -298,11 +302,13 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as a folder has it."""
     return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name.lower()).split())
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
+    """What a study was made with."""
     here = Path(__file__).parent
     asked = partial(subprocess.run, capture_output=True, text=True, cwd=here, check=False)
     commit = asked(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() or "unknown"

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,15 @@ PATCH = 16
 IMAGE_TOKENS = (CANVAS // PATCH) ** 2
 CONTENTS = (*(str(digit) for digit in range(10)), "nothing")  # of a cell, as the captions say it
 NOTHING = CONTENTS.index("nothing")
+WIDTH = 128
+TOWER: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": CANVAS,
+    "patch_size": PATCH,
+}
 READING_STEPS, CAPTION_STEPS, BATCH = 1500, 2000, 64
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
@@ -60,9 +70,9 @@ CHAT_TEMPLATE = """\
 {{ 'ASSISTANT:' if add_generation_prompt }}"""
 
 
-def make_processor() -> LlavaProcessor:
+def make_processor(further_words: Sequence[str] = (), patch_size: int = PATCH) -> LlavaProcessor:
     """Words and whole numbers as tokens, LLaVA-1.5's chat format, and pixels in [-1, 1] at 64x64."""
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *NUMBERS, *WORDS])}
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *NUMBERS, *WORDS, *further_words])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
@@ -85,29 +95,20 @@ def make_processor() -> LlavaProcessor:
     return LlavaProcessor(
         images,
         tokenizer,
-        patch_size=PATCH,
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """An untrained LLaVA of 2.3 million parameters: CLIP's tower of 4 layers, a Llama of 8, both 128 wide."""
+def language_config(processor: LlavaProcessor) -> LlamaConfig:
+    """A Llama of 8 layers for the processor's words."""
     tokenizer = processor.tokenizer
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=CANVAS,
-        patch_size=PATCH,
-        projection_dim=128,
-    )
-    text = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
         num_hidden_layers=8,
         num_attention_heads=4,
         max_position_embeddings=256,
@@ -118,9 +119,13 @@ def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """An untrained LLaVA of 2.3 million parameters: CLIP's tower of 4 layers, a Llama of 8, both 128 wide."""
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=CLIPVisionConfig(**TOWER, projection_dim=WIDTH),
+        text_config=language_config(processor),
         image_token_index=processor.image_token_id,
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,
