@@ -6,25 +6,18 @@ which was broken off finds again. Methods are compared with plain tuning seed by
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-
 from vittle.checkpoints import PARTIAL
 from vittle.demo import ALIGNED, HELD_OUT_QUESTIONS, SETTINGS, TRAINING_QUESTIONS
 from vittle.demo.scenes import write_dataset
-from vittle.errors import UserError, shown
+from vittle.errors import UserError
 from vittle.evaluation import EvaluateConfig, evaluate
+from vittle.experiments import beyond_chance, machine, paired_gain, same_scale, slug
 from vittle.methods.bottleneck import BottleneckConfig
 from vittle.methods.saving import write_json
 from vittle.metrics import run as emid
@@ -108,19 +101,6 @@ def study(output: str | Path, scale: Scale | None = None) -> dict[str, Any]:
     return found
 
 
-def same_scale(path: Path, scale: Any) -> None:
-    """The runs of a folder are of one scale, a dataclass; seeds may be added.
-
-    Raises:
-        UserError: the folder's are of another.
-    """
-    content = {name: value for name, value in asdict(scale).items() if not name.endswith("seeds")}
-    if path.exists() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != json.loads(json.dumps(content)):
-        raise UserError(f"{path.parent} holds a study of another scale, {shown(earlier)}; name another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
-
-
 def _data(folder: Path, split: Any, count: int, seed: int) -> Path:
     data = folder / "questions.json"
     return data if data.exists() else write_dataset(folder, split=split, count=count, seed=seed)
@@ -175,18 +155,13 @@ def _measured(summary: Mapping[str, Any], evaluation: Path, encoders: tuple[str,
 
 def gains(results: Mapping[str, Sequence[Mapping[str, float]]], name: str, measure: str) -> tuple[float, float, float]:
     """A method's mean gain over plain tuning of the same seeds, its deviation, and the p of a paired t-test."""
-    from scipy.stats import ttest_rel
-
     here = [each[measure] for each in results[name]]
-    plain = [each[measure] for each in results[PLAIN][: len(here)]]
-    differences = [one - other for one, other in zip(here, plain, strict=True)]
-    same = len(set(differences)) == 1
-    return mean(differences), stdev(differences), float("nan") if same else float(ttest_rel(here, plain).pvalue)
+    return paired_gain(here, [each[measure] for each in results[PLAIN][: len(here)]])
 
 
 def page(found: Mapping[str, Any]) -> str:
     """The study in Markdown: what was measured, and what follows from it."""
-    results, settings, machine = found["results"], found["settings"], found["machine"]
+    results, settings, made = found["results"], found["settings"], found["machine"]
     shifted = [name for name in ("image", "text", "joint") if name in results[PLAIN][0]]
     lines = [
         "# Study: does it make the demo's model more robust?",
@@ -231,20 +206,15 @@ def page(found: Mapping[str, Any]) -> str:
     for name in ("Vittle (F)", *SWEEPS):
         cells = (f"{gains(first, name, measure)[0]:+.{_digits(measure)}f}" for measure in MEASURES)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "## Made with", "", f"`vittle study`, commit {machine['commit']}, {machine['cpu']}, torch "
-              f"{machine['torch']}."]  # fmt: skip
+    lines += ["", "## Made with", "", f"`vittle study`, commit {made['commit']}, {made['cpu']}, torch "
+              f"{made['torch']}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def _verdict(results: Mapping[str, Any], shifted: Sequence[str]) -> str:
     """What the numbers say of each method under shifts, in words; of all these tests together, by Holm's rule."""
     found = {(name, group): gains(results, name, group) for name in list(METHODS)[1:] for group in shifted}
-    sure = set()
-    by_p = sorted((math.inf if math.isnan(p) else p, key) for key, (_, _, p) in found.items())
-    for smaller, (p, key) in enumerate(by_p):
-        if p >= 0.05 / (len(found) - smaller):
-            break
-        sure.add(key)
+    sure = beyond_chance({test: p for test, (_, _, p) in found.items()})
     told: dict[str, list[str]] = {}
     for name in list(METHODS)[1:]:
         better = [group for group in shifted if (name, group) in sure and found[name, group][0] > 0]
@@ -300,29 +270,3 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     panels[0].set_yticks(range(len(METHODS)), list(METHODS), fontsize=9)
     panels[0].invert_yaxis()
     figure.savefig(path)
-
-
-def slug(name: str) -> str:
-    """A name as a folder has it."""
-    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name.lower()).split())
-
-
-def machine() -> dict[str, str]:
-    """What a study was made with."""
-    here = Path(__file__).parent
-    asked = partial(subprocess.run, capture_output=True, text=True, cwd=here, check=False)
-    commit = asked(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() or "unknown"
-    changed = bool(asked(["git", "status", "--porcelain", "--", str(here)]).stdout.strip())
-    models = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return {
-        "commit": commit + (" with changes" if changed else ""),
-        "cpu": f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}",
-        "torch": torch.__version__,
-    }
-
-
-def _cpu_lines() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []

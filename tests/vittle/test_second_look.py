@@ -13,8 +13,9 @@ from PIL import Image
 
 from vittle import UserError
 from vittle.demo import bases, edits, second_look
-from vittle.demo.checkpoint import IMAGE_TOKENS, WIDTH, make_processor
+from vittle.demo.checkpoint import IMAGE_TOKENS, WIDTH, make_processor, save
 from vittle.demo.scenes import sample_scene
+from vittle.discriminative import read_pairs
 from vittle.evaluate import Asking, ask, batches
 from vittle.methods.vpgc import LinearLook, QFormerLook, attach_vpgc
 
@@ -95,7 +96,10 @@ def test_what_a_base_answers_is_what_it_would_write(form: bases.Form, tmp_path: 
 
 
 def test_captions_alone_are_as_many_as_captions_and_pairs(tmp_path: Path) -> None:
-    paths = second_look.write_training(tmp_path, 30, 0)
+    processor = make_processor(edits.WORDS)
+    save(bases.untrained("qformer", processor), processor, tmp_path / "base")
+    paths = second_look.write_training(tmp_path / "training", tmp_path / "base", 30, 0)
+    assert all(pair.significance is not None for pair in read_pairs(tmp_path / "training" / "pairs.json"))
     records = {data: json.loads(path.read_text()) for data, path in paths.items()}
     assert len(records["captions"]) == len(records["captions + pairs"]) > 150
     told = [each["conversations"][1]["value"] for each in records["captions"]]

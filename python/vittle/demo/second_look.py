@@ -37,14 +37,14 @@ from vittle.demo.bases import (
     upper_row,
 )
 from vittle.demo.scenes import CAPTION_PROMPT, KINDS, sample_scene, write_dataset
-from vittle.discriminative import make_pairs, read_pairs, to_llava
+from vittle.discriminative import attention_of, make_pairs, read_pairs, to_llava
 from vittle.errors import UserError
 from vittle.evaluate import Asking, ask, batches
+from vittle.experiments import beyond_chance, machine, paired_gain, same_scale, slug
 from vittle.methods.bottleneck import BottleneckConfig
 from vittle.methods.saving import write_json
 from vittle.methods.vpgc import VPGCConfig
-from vittle.models import load_processor, load_tuned, quiet
-from vittle.study import machine, same_scale, slug
+from vittle.models import load_model, load_processor, load_tuned, quiet
 from vittle.tasks.exact import Exact
 from vittle.train import TrainConfig, train
 
@@ -157,12 +157,17 @@ def experiment(output: str | Path, scale: Scale | None = None) -> dict[str, Any]
     return found
 
 
-def write_training(folder: Path, pictures: int, seed: int) -> dict[Data, Path]:
-    """Captions of edited pictures alone, and as many records of captions and pairs, as VPG-C mixes them."""
+def write_training(folder: Path, base: Path, pictures: int, seed: int) -> dict[Data, Path]:
+    """Captions of edited pictures alone, and as many records of captions and pairs, as VPG-C mixes them; edited is what
+    the base ignores.
+    """
     paths: dict[Data, Path] = {data: folder / f"{slug(data)}.json" for data in DATA}
     if not all(path.exists() for path in paths.values()):
         shutil.rmtree(folder, ignore_errors=True)
-        pairs = make_pairs(folder, _pictures(pictures, seed), edits.edit, edits.describe, seed=seed)
+        with quiet():
+            attend = attention_of(load_model(str(base)).eval(), load_processor(str(base)), CAPTION_PROMPT)
+        shown = _pictures(pictures, seed)
+        pairs = make_pairs(folder, shown, edits.edit, edits.describe, attend=attend, seed=seed)
         both = to_llava(pairs, paths[PAIRS], caption_prompt=CAPTION_PROMPT, seed=seed)
         share = len(_read(both)) / len(read_pairs(pairs))
         to_llava(pairs, paths["captions"], captions_per_pair=share, caption_prompt=CAPTION_PROMPT, seed=seed)
@@ -199,10 +204,11 @@ def _run(condition: Condition, seed: int, output: Path, scale: Scale, tasks: Map
     if not result.exists():
         shutil.rmtree(folder, ignore_errors=True)
         start = time.perf_counter()
-        data = write_training(output / "training" / str(seed), scale.pictures, seed)[condition.data]
+        base, training = output / "bases" / condition.form, output / "training" / f"{condition.form}-{seed}"
+        data = write_training(training, base, scale.pictures, seed)[condition.data]
         tuned = train(
             TrainConfig(
-                model=str(output / "bases" / condition.form), data=str(data), images=str(data.parent),
+                model=str(base), data=str(data), images=str(data.parent),
                 output=str(folder), seed=seed, max_steps=scale.steps, **METHODS[condition.method], **SETTINGS,
             )
         )  # fmt: skip
@@ -233,12 +239,8 @@ def gains(
     results: Mapping[str, Sequence[Mapping[str, float]]], one: str, other: str, measure: str
 ) -> tuple[float, float, float]:
     """The mean gain of one condition over another, seed by seed, its deviation, and the p of a paired t-test."""
-    from scipy.stats import ttest_rel
-
     here, there = ([each[measure] for each in results[name]] for name in (one, other))
-    differences = [a - b for a, b in zip(here, there, strict=True)]
-    same = len(set(differences)) == 1
-    return mean(differences), stdev(differences), float("nan") if same else float(ttest_rel(here, there).pvalue)
+    return paired_gain(here, there)
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -259,7 +261,7 @@ def page(found: Mapping[str, Any]) -> str:
     for form in FORMS:
         lines += ["", f"## {TITLES[form]}", "", *_table(found, form)]
     tests = [(form, one, other, measure) for form, one, other in QUESTIONS for measure in MEANS]
-    sure = _sure({test: gains(results[test[0]], *test[1:])[2] for test in tests})
+    sure = beyond_chance({test: gains(results[test[0]], *test[1:])[2] for test in tests})
     lines += [
         "",
         "## What makes a difference",
@@ -310,17 +312,6 @@ def _table(found: Mapping[str, Any], form: Form) -> list[str]:
 
 def _chance(p: float) -> str:
     return "" if math.isnan(p) else " (<0.001)" if p < 0.001 else f" ({p:.3f})"
-
-
-def _sure(ps: Mapping[Any, float]) -> set[Any]:
-    """The tests that are beyond chance together, by Holm's rule."""
-    ordered = sorted((math.inf if math.isnan(p) else p, place, test) for place, (test, p) in enumerate(ps.items()))
-    sure = set()
-    for smaller, (p, _, test) in enumerate(ordered):
-        if p >= 0.05 / (len(ordered) - smaller):
-            break
-        sure.add(test)
-    return sure
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
