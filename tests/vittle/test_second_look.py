@@ -109,6 +109,7 @@ def test_captions_alone_are_as_many_as_captions_and_pairs(tmp_path: Path) -> Non
     assert any("bottom" in each["conversations"][1]["value"] for each in pairs)
 
 
+@pytest.mark.slow
 def test_it_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bases, "HELD_OUT", 50)
     monkeypatch.setattr(second_look, "MAX_NEW_TOKENS", {"comparisons": 2, "questions": 2})
@@ -119,6 +120,7 @@ def test_it_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     counts = {form: {name: len(runs) for name, runs in each.items()} for form, each in found["results"].items()}
     assert counts == {"qformer": {first.name: 2}, "linear": {last.name: 2}}
     assert {*second_look.MEANS, "sum", "total", "seconds"} <= {*found["results"]["linear"][last.name][0]}
+    assert (tmp_path / "gallery.html").stat().st_size > 1000
     with Image.open(tmp_path / "second_look.png") as plot:
         assert plot.width > 1000
     (tmp_path / "runs" / "qformer-projection-captions-1" / "result.json").unlink()
@@ -161,5 +163,6 @@ def test_the_page_says_what_the_numbers_say() -> None:
     assert [line.split("|")[2:4] for line in lines if line.endswith("| better |")] == [
         [" VPG-C, captions + pairs ", " projection, captions + pairs "],
         [" VPG-C, captions + pairs ", " VPG-C, captions "],
+        [" VPG-C, captions + pairs ", " VPG-C after half, captions + pairs "],
     ]
     assert all(line.endswith(("| better |", "| no difference |")) for line in lines)

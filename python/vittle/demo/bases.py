@@ -53,7 +53,7 @@ Form = Literal["qformer", "linear"]
 FORMS: tuple[Form, ...] = get_args(Form)
 """Of the second look: a BLIP-2 has the one, a LLaVA the other."""
 
-LANGUAGE_STEPS = 3200
+LANGUAGE_STEPS = 4800
 EYES_STEPS = (800, 600, 300)
 """Of seeing, of aligning and of captions."""
 TEXT_BATCH = 32
