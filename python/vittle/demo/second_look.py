@@ -264,9 +264,9 @@ def page(found: Mapping[str, Any]) -> str:
         "text alone; a frozen vision tower sees all digits; what lies between them learned from captions of the upper "
         "row of each scene, so that the lower row does not reach the Llama. Tuned is the projection alone or the "
         "second look alone, all else frozen, on captions of the same kind, or on those and pairs of a scene and its "
-        f"edit, {settings['max_steps']} steps of {settings['batch_size']} each. Edited is what the base's own attention "
-        "ignores ([gallery](gallery.html)). The second look stands after 2 of the 8 layers, by trials on other "
-        "questions at one seed; the paper's, after half, is there once. Asked are "
+        f"edit, {settings['max_steps']} steps of {settings['batch_size']} each. Edited is what the base's own "
+        "attention ignores ([gallery](gallery.html)). The second look stands after 2 of the 8 layers, by trials on "
+        "other questions at one seed; the paper's, after half, is there once. Asked are "
         f"{settings['questions']} questions of two held-out scenes and {settings['questions']} of one. "
         f"{seeds} seeds a condition, one base; accuracy in percent, mean ± standard deviation over seeds.",
     ]
