@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find c
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo study demo-checkpoint test test-slow bench gpu-check lint clean
+.PHONY: help setup demo study second-look demo-checkpoint test test-slow bench gpu-check lint clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ demo: setup  ## tune a small LLaVA on digit scenes, plainly and with the bottlen
 
 study: setup  ## tune the demo's model by every method, five seeds each, and compare: hours
 	$(BIN)/vittle study --output runs/study
+
+second-look: setup  ## VPG-C's experiment, five seeds a condition: hours
+	$(BIN)/python -m vittle.demo.second_look --output runs/second_look
 
 demo-checkpoint: setup  ## make the small LLaVA that the demo starts from
 	$(BIN)/python -m vittle.demo.checkpoint
