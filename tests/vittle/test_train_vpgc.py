@@ -79,7 +79,7 @@ def some(data: Path, processor: Any) -> dict[str, Any]:
     return batch
 
 
-@pytest.mark.parametrize("tuning", ["frozen", "projector", "lora"])
+@pytest.mark.parametrize("tuning", ["frozen", "projector", pytest.param("lora", marks=pytest.mark.slow)])
 def test_what_is_trained(
     small: Path, data: Path, tmp_path: Path, tuning: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +104,10 @@ def test_what_is_trained(
         assert torch.equal(model(**batch).logits, looked)
 
 
-@pytest.mark.parametrize("more", [(), ("--loss", "instruct", "--layer", "3", "--beta", "0.01")])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param((), marks=pytest.mark.slow), ("--loss", "instruct", "--layer", "3", "--beta", "0.01")],
+)
 def test_resumed(
     small: Path, data: Path, tmp_path: Path, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -514,8 +514,9 @@ def test_a_copy_looks_too(kind: str) -> None:
         assert not torch.equal(copied(**batch).logits, expected) and torch.equal(model(**batch).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LLaVA", "BLIP-2"])
-@pytest.mark.parametrize("method", [pytest.param("vpgc", marks=pytest.mark.slow), "bottleneck"])
+@pytest.mark.parametrize("method", ["vpgc", "bottleneck"])
 def test_a_compiled_model(kind: str, method: str) -> None:
     model = MODELS[kind]()
     batch = batch_for(model)
