@@ -274,11 +274,11 @@ def _attach(outer: nn.Module, config: BottleneckConfig, *, backend: str, inferen
     config = _resolved(config, len(layers), bool(ids))
     assert config.layer is not None
     first = layers[config.layer - 1]
-    with device_for(model, first, NAME):
+    with (device := device_for(model, first, NAME)):
         module = FusedIB(
             hidden_size, prior=config.prior, alpha=config.alpha, vision=bool(ids),
             inference_only=inference_only, backend=backend,
-        )  # fmt: skip
+        ).to(device)  # fmt: skip
     ranks.share_weights(module, like=next(first.parameters()))
     attachment = Bottleneck(model, config, module.train(model.training))
     after: dict[int, AfterLayer] = {}

@@ -68,7 +68,7 @@ class QFormerLook(nn.Module):
     def __init__(self, hidden_size: int, query_tokens: Tensor) -> None:
         super().__init__()
         query_size = query_tokens.shape[-1]
-        self.queries = nn.Parameter(query_tokens.detach().to(torch.get_default_device(), torch.float32, copy=True))
+        self.queries = nn.Parameter(query_tokens.detach().to(torch.float32, copy=True))
         self.guidance_weight = _zeros(query_size, hidden_size)
         self.guidance_bias = _zeros(query_size)
         self.output_weight = _zeros(hidden_size, query_size)
@@ -333,8 +333,8 @@ def attach_vpgc(outer: nn.Module, config: VPGCConfig | None = None, *, freeze: b
         raise UserError(f"{type(model).__name__} has {len(layers)} decoder layer; must have two, the look between them")
     if not (type(config.layer) is int and 1 <= config.layer < len(layers)):
         raise UserError(f"layer is {config.layer!r}; must be in [1, {len(layers) - 1}]: a layer must follow")
-    with device_for(model, layers[config.layer - 1], NAME):
-        module = _module(model, hidden_size)
+    with (device := device_for(model, layers[config.layer - 1], NAME)):
+        module = _module(model, hidden_size).to(device)
     attachment = SecondLook(model, config, module.train(model.training))
     if freeze:
         kept = peft.adapter_parameters(model)
