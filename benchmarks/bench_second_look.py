@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vittle
 
 CONTENDERS = ("plain", "second look")
+STEPS = ("prefill", "decode")
 TEXT = 64
 """Tokens of a prompt's text."""
 GENERATED = 17
@@ -168,9 +169,6 @@ def compare(name: str, images: int, dtype: torch.dtype, device: torch.device, tu
         )
         for key, seconds in times.items()
     ]  # fmt: skip
-
-
-STEPS = ("prefill", "decode")
 
 
 def summary(results: Results) -> str:

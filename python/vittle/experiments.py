@@ -23,11 +23,13 @@ Test = TypeVar("Test", bound=Hashable)
 
 
 def same_scale(path: Path, scale: Any) -> None:
-    """The runs of a folder are of one scale, a dataclass; seeds may be added.
+    """The runs of a folder are of one scale, a dataclass; seeds, two at least, may be added.
 
     Raises:
-        UserError: the folder's are of another.
+        UserError: there is one seed, or the folder's runs are of another scale.
     """
+    if scale.seeds < 2:
+        raise UserError(f"seeds is {scale.seeds}; must be at least 2, for a spread")
     content = {name: value for name, value in asdict(scale).items() if not name.endswith("seeds")}
     if path.exists() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != json.loads(json.dumps(content)):
         raise UserError(f"{path.parent} holds a study of another scale, {shown(earlier)}; name another folder")

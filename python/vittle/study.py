@@ -15,7 +15,6 @@ from typing import Any
 from vittle.checkpoints import PARTIAL
 from vittle.demo import ALIGNED, HELD_OUT_QUESTIONS, SETTINGS, TRAINING_QUESTIONS
 from vittle.demo.scenes import write_dataset
-from vittle.errors import UserError
 from vittle.evaluation import EvaluateConfig, evaluate
 from vittle.experiments import beyond_chance, machine, paired_gain, same_scale, slug
 from vittle.methods.bottleneck import BottleneckConfig
@@ -68,8 +67,6 @@ def study(output: str | Path, scale: Scale | None = None) -> dict[str, Any]:
         UserError: the folder cannot be used.
     """
     scale, output = scale or Scale(), Path(output)
-    if scale.seeds < 2:
-        raise UserError(f"seeds is {scale.seeds}; must be at least 2, for a spread")
     same_scale(output / "scale.json", scale)
     held_out = _data(output / "data" / "held_out", "held_out", scale.questions, 10_000)
     encoders = _encoders(output / "encoders")

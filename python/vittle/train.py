@@ -23,7 +23,7 @@ from vittle.curves import CURVES, draw
 from vittle.data import CaptionCollator, Collator, LlavaDataset
 from vittle.errors import UserError
 from vittle.methods import instruct
-from vittle.methods.attachment import methods_of
+from vittle.methods.attachment import methods_of, module_named
 from vittle.methods.bottleneck import (
     ALPHA_SCHEDULES,
     BottleneckConfig,
@@ -278,10 +278,10 @@ def projector_of(model: nn.Module) -> nn.Module:
         UserError: there is none.
     """
     names = ("multi_modal_projector", "language_projection")  # LLaVA's and BLIP-2's
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in names:
-            return module
-    raise UserError(f"{type(model).__name__} has no {' or '.join(names)} to train")
+    projector = module_named(model, *names)
+    if projector is None:
+        raise UserError(f"{type(model).__name__} has no {' or '.join(names)} to train")
+    return projector
 
 
 def freeze_vision(model: nn.Module) -> None:

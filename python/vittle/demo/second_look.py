@@ -38,7 +38,6 @@ from vittle.demo.bases import (
 )
 from vittle.demo.scenes import CAPTION_PROMPT, KINDS, sample_scene, write_dataset
 from vittle.discriminative import attention_of, make_pairs, read_pairs, to_llava, write_gallery
-from vittle.errors import UserError
 from vittle.evaluate import Asking, ask, batches
 from vittle.experiments import beyond_chance, machine, paired_gain, same_scale, slug
 from vittle.methods.bottleneck import BottleneckConfig
@@ -138,8 +137,6 @@ def experiment(output: str | Path, scale: Scale | None = None) -> dict[str, Any]
         UserError: the folder cannot be used.
     """
     scale, output = scale or Scale(), Path(output)
-    if scale.seeds < 2:
-        raise UserError(f"seeds is {scale.seeds}; must be at least 2, for a spread")
     same_scale(output / "scale.json", scale)
     language = output / "bases" / "language"
     if not (language / BASE).exists():

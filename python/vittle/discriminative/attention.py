@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,7 @@ from vittle.errors import UserError
 from vittle.evaluate import prompt_of, tensors_of
 from vittle.methods.attachment import decoder_layers, vision_ids
 from vittle.methods.peft import base_model
+from vittle.methods.vpgc import ask_qformer
 
 
 def attention_of(model: Any, processor: Any, prompt: str = "Describe the image.") -> Attend:
@@ -62,10 +62,9 @@ def _of_queries(model: Any, tensors: dict[str, Tensor]) -> Tensor:
     """(N, P), of the patches without the class token."""
     features = model.vision_model(tensors["pixel_values"].to(model.dtype)).last_hidden_state
     queries = model.query_tokens.expand(len(features), -1, -1)
-    text = {"input_ids": None} if "input_ids" in inspect.signature(model.qformer.forward).parameters else {}
     layers = [m for name, m in model.qformer.named_modules() if name.endswith("crossattention.attention")]
     with _weights_of(layers, lambda weights: weights.mean((1, 2))) as of_layers:
-        model.qformer(query_embeds=queries, encoder_hidden_states=features, **text)
+        ask_qformer(model.qformer, queries, features)
     return torch.stack(of_layers).mean(0)[:, 1:]
 
 

@@ -170,8 +170,7 @@ class Host:
         own: Any = type(self.model).generate  # type: ignore[attr-defined]
         prompt = _named(own.__get__(self.model), args, kwargs)
         prompt["input_ids"] = _prompt_ids(self.model, prompt)
-        is_own = not own.__module__.startswith("transformers.generation.")
-        language: Any = getattr(self.model, "language_model", None) if is_own else None
+        language: Any = self.model.language_model if hasattr(self.model, "query_tokens") else None
         if language is not None:
             prompt["vision_mask"] = _vision_of_prompt(self.model, prompt)
         for attachment in self.in_order():
@@ -298,8 +297,12 @@ def host_of(model: Any) -> Host | None:
 
 def methods_of(model: Any) -> list[Attachment]:
     """The methods on a model, or on the one inside PEFT's."""
-    host = host_of(model)
-    return [] if host is None else host.in_order()
+    return peft.attachments(peft.base_model(model))
+
+
+def module_named(model: nn.Module, *names: str) -> nn.Module | None:
+    """The first module of a model whose own name is one of these."""
+    return next((module for name, module in model.named_modules() if name.rpartition(".")[2] in names), None)
 
 
 def attached(model: Any, name: str) -> Attachment | None:

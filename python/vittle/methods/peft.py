@@ -49,10 +49,10 @@ def _is(module: Any, name: str) -> bool:
 def _registered(parent: nn.Module, name: str, module: Any) -> None:
     """The model goes into a tuner, which freezes it; then the tuner into a PeftModel."""
     if name == "model" and _is(parent, "BaseTuner"):
-        for attachment in _attachments(module):
+        for attachment in attachments(module):
             attachment.trainable = _trainable(attachment)
     if name == "base_model" and _is(parent, "PeftModel") and _is(module, "BaseTuner"):
-        frozen = [each for each in _attachments(module.model) if each.trainable is not None]
+        frozen = [each for each in attachments(module.model) if each.trainable is not None]
         for attachment in frozen:
             _restore(attachment, attachment.trainable)
             attachment.trainable = None
@@ -79,7 +79,7 @@ class KeepTrainable(saving.Replaced):
     @property
     def attachments(self) -> list[Any]:
         """The methods on the model; none once they are detached."""
-        return _attachments(base_model(self.owner))
+        return attachments(base_model(self.owner))
 
 
 class _WithMethods(KeepTrainable):
@@ -104,7 +104,8 @@ class _WithMethods(KeepTrainable):
         return result
 
 
-def _attachments(model: Any) -> list[Any]:
+def attachments(model: Any) -> list[Any]:
+    """The methods on a model, from the outermost; none on PEFT's around one."""
     host = getattr(model, "_vittle", None)
     return [] if host is None else host.in_order()
 

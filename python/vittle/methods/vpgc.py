@@ -40,6 +40,7 @@ from vittle.methods.attachment import (
     device_for,
     instruction_mask_of,
     loss_of,
+    module_named,
     vision_ids,
 )
 
@@ -78,9 +79,15 @@ class QFormerLook(nn.Module):
         """Guidance (N, D), an image a row, and its features (N, P, d) to what is added to its tokens, (N, K, D)."""
         dtype, device, there = self.queries.dtype, guidance.device, next(qformer.parameters()).device
         queries = self.queries + F.linear(guidance.to(dtype), self.guidance_weight, self.guidance_bias).unsqueeze(1)
-        text = {"input_ids": None} if "input_ids" in inspect.signature(qformer.forward).parameters else {}
-        seen = qformer(query_embeds=queries.to(there), encoder_hidden_states=features.to(there), **text)
-        return F.linear(seen.last_hidden_state.to(device, dtype), self.output_weight, self.output_bias)
+        seen = ask_qformer(qformer, queries.to(there), features.to(there))
+        return F.linear(seen.to(device, dtype), self.output_weight, self.output_bias)
+
+
+def ask_qformer(qformer: nn.Module, queries: Tensor, features: Tensor) -> Tensor:
+    """What queries (N, K, q) see in features (N, P, d), (N, K, q); without the text that InstructBLIP's takes, too."""
+    text = {"input_ids": None} if "input_ids" in inspect.signature(qformer.forward).parameters else {}
+    seen: Tensor = qformer(query_embeds=queries, encoder_hidden_states=features, **text).last_hidden_state
+    return seen
 
 
 class LinearLook(nn.Module):
@@ -427,11 +434,9 @@ def _module(model: Any, hidden_size: int) -> QFormerLook | LinearLook:
 
 def _projector(model: Any) -> Any:
     """What brings features into the language model's space, by a linear layer first; None: there is none."""
-    for name, module in model.named_modules():
-        is_one = name.rpartition(".")[2] == "multi_modal_projector"
-        if is_one and any(isinstance(each, nn.Linear) for each in module.modules()):
-            return module
-    return None
+    projector = module_named(model, "multi_modal_projector")
+    has_linear = projector is not None and any(isinstance(each, nn.Linear) for each in projector.modules())
+    return projector if has_linear else None
 
 
 def _load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
