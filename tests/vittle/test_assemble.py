@@ -85,5 +85,6 @@ def test_two_stages_from_parts(parts: tuple[Path, Path], tmp_path: Path, capsys:
     assert f"output {start} is not an empty folder" in capsys.readouterr().err
     assert main([*assemble[:2], language, *assemble[3:-1], str(tmp_path / "x")]) == 2
     assert f"vision is '{language}', a LlamaModel; must be a CLIP or SigLIP" in capsys.readouterr().err
-    assert main(["train", "--stage", "align", "--tuning", "lora", "--model", start, "--output", "y", *common]) == 2
+    other = str(tmp_path / "y")
+    assert main(["train", "--stage", "align", "--tuning", "lora", "--model", start, "--output", other, *common]) == 2
     assert "stage is 'align', which trains the projector alone" in capsys.readouterr().err
