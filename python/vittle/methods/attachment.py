@@ -31,7 +31,8 @@ BATCH_KEYS = ("instruction_mask", "vision_mask")
 IGNORED = -100
 """The label of a token that the cross-entropy does not cover."""
 
-Forward = Callable[..., Any]
+Forward = Callable[[dict[str, Any]], Any]
+"""A forward pass over a batch that has everything by name."""
 AfterLayer = Callable[[Tensor], Tensor]
 
 
@@ -61,7 +62,7 @@ class Attachment(ABC):
 
     @abstractmethod
     def around(self, forward: Forward, batch: dict[str, Any]) -> Any:
-        """A forward pass of the model, whose batch has everything by name."""
+        """A forward pass of the model over a batch."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class Host:
         """In a pass: what the layers that methods end gave, by their numbers from 1."""
 
     @property
-    def forward(self) -> Forward:
+    def forward(self) -> Callable[..., Any]:
         """The model's own."""
         return self.own_forward or type(self.model).forward.__get__(self.model)
 
@@ -146,13 +147,12 @@ class Host:
 
     def passed(self, forward: Forward, batch: dict[str, Any]) -> Any:
         """A forward pass, the model's own or its language model's, with the methods around it."""
-        call = forward
         for attachment in reversed(self.in_order()):
             attachment.begin()
-            call = partial(_around, attachment, call)
+            forward = partial(attachment.around, forward)
         self.under_way = True
         try:
-            output = call(**batch)
+            output = forward(batch)
             states = self.states
         finally:
             self.under_way, self.states = False, {}
@@ -210,21 +210,15 @@ class Host:
             if before is not None:
                 language.forward = before
 
-    def _own(self, **batch: Any) -> Any:
-        if self.own_forward is not None:
-            return _without_masks(self.own_forward, **batch)
-        return _without_masks(partial(type(self.model).forward, self.model), **batch)
+    def _own(self, batch: dict[str, Any]) -> Any:
+        return _without_masks(self.own_forward or partial(type(self.model).forward, self.model), batch)
 
 
-def _around(attachment: Attachment, forward: Forward, /, **batch: Any) -> Any:
-    return attachment.around(forward, batch)
-
-
-def _without_masks(forward: Forward, /, **batch: Any) -> Any:
+def _without_masks(forward: Callable[..., Any], batch: Mapping[str, Any]) -> Any:
     return forward(**{name: value for name, value in batch.items() if name not in BATCH_KEYS})
 
 
-def _named(function: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All that a call is given, by name."""
     given = inspect.signature(function).bind_partial(*args).arguments if args else {}
     if twice := given.keys() & kwargs.keys():

@@ -141,7 +141,7 @@ class Bottleneck(Attachment):
         tokens = self._read_batch(batch)
         self.tokens, self.kl, self.std = tokens, {}, {}
         try:
-            output = forward(**batch)
+            output = forward(batch)
             kl = self.kl
         finally:
             self.tokens, self.kl = None, {}

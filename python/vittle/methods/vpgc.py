@@ -213,7 +213,7 @@ class SecondLook(Attachment):
             return self._generating(forward, batch, self.prompt)
         vision, labels = self.vision(batch), batch.get("labels")
         if vision is None or not vision.any():
-            return self._with_no_image(forward(**batch))
+            return self._with_no_image(forward(batch))
         if labels is None and self.model.training and torch.is_grad_enabled():
             raise UserError(
                 "the model trains without labels, so the second look cannot tell a prompt from its response: "
@@ -256,10 +256,10 @@ class SecondLook(Attachment):
         ids, past = batch.get("input_ids"), batch.get("past_key_values")
         length, whole = (batch["inputs_embeds"] if ids is None else ids).shape[1], prompt.vision.shape[1]
         if past is not None and (length == 1 < whole or past.get_seq_length() > 0):
-            return forward(**batch)
+            return forward(batch)
         vision = self.vision(batch)
         if length < whole or vision is None or not vision.any():  # such as a negative prompt
-            return forward(**batch)
+            return forward(batch)
         return self._looking(forward, batch, prompt)
 
     def _where(self, vision: Tensor, batch: dict[str, Any]) -> Where:
@@ -272,7 +272,7 @@ class SecondLook(Attachment):
     def _looking(self, forward: Forward, batch: dict[str, Any], where: Where) -> Any:
         self.where = where
         try:
-            return forward(**batch)
+            return forward(batch)
         finally:
             self.where = None
             if self.prompt is None:
@@ -286,7 +286,7 @@ class SecondLook(Attachment):
             batch | {"labels": torch.where(here, labels, IGNORED), "num_items_in_batch": items}
             for here in (hear, ~hear)
         )
-        before = forward(**without | {"past_key_values": None, "use_cache": False})
+        before = forward(without | {"past_key_values": None, "use_cache": False})
         return add_to_loss(self._looking(forward, looking, where), loss_of(before))
 
     def _with_no_image(self, output: Any) -> Any:
