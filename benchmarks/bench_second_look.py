@@ -12,16 +12,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 import transformers as hf
-from bench_step import added_share
+from models import DEMO, Shape, build
 from records import Entry, Results, entry, machine, parser
 from report import by_problem
-from timing import keep_freed_memory
+from timing import added_share, keep_freed_memory
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,71 +35,19 @@ GENERATED = 33
 """Tokens; the first comes with the prompt."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A model; without queries a LLaVA, with them a BLIP-2 whose Q-Former attends the image every other layer."""
-
-    layers: int
-    width: int
-    intermediate: int
-    heads: int
-    vocabulary: int
-    vision_layers: int
-    vision_width: int
-    vision_intermediate: int
-    image: int
-    patch: int
-    queries: int = 0
-    query_layers: int = 0
-    query_width: int = 0
-
-    @property
-    def image_tokens(self) -> int:
-        return self.queries or (self.image // self.patch) ** 2
-
-
 SHAPES = {
-    "demo": Shape(8, 128, 256, 4, 75, 4, 128, 512, 64, 16),
-    "demo-qformer": Shape(8, 128, 256, 4, 75, 4, 128, 512, 64, 16, 16, 4, 128),
+    "demo": DEMO,
+    "demo-qformer": replace(DEMO, queries=16, query_layers=4, query_width=128),
     "7b-qformer": Shape(4, 4096, 11008, 32, 32001, 4, 1408, 6144, 224, 14, 32, 4, 768),
 }
 """The model of `vittle demo`, one as wide with a Q-Former, and Vicuna-7B behind BLIP-2's parts, of 4 layers each."""
 
 
-def build(shape: Shape) -> Any:
-    """Of transformers' own classes; the last id is the image token."""
-    vision = {
-        "hidden_size": shape.vision_width, "intermediate_size": shape.vision_intermediate,
-        "num_hidden_layers": shape.vision_layers, "num_attention_heads": shape.vision_width // 32,
-        "image_size": shape.image, "patch_size": shape.patch,
-    }  # fmt: skip
-    text = hf.LlamaConfig(
-        hidden_size=shape.width, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, vocab_size=shape.vocabulary, max_position_embeddings=4096,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    if not shape.queries:
-        config = hf.LlavaConfig(
-            vision_config=hf.CLIPVisionConfig(**vision), text_config=text, image_token_index=shape.vocabulary - 1
-        )
-        return hf.LlavaForConditionalGeneration(config).eval()
-    qformer = {
-        "hidden_size": shape.query_width, "intermediate_size": 4 * shape.query_width, "vocab_size": 1,
-        "num_hidden_layers": shape.query_layers, "num_attention_heads": max(1, shape.query_width // 64),
-        "encoder_hidden_size": shape.vision_width,
-    }  # fmt: skip
-    config = hf.Blip2Config(
-        vision_config=vision, qformer_config=qformer, text_config=text.to_dict(), num_query_tokens=shape.queries,
-        image_token_index=shape.vocabulary - 1,
-    )  # fmt: skip
-    return hf.Blip2ForConditionalGeneration(config).eval()
-
-
 def make_prompt(shape: Shape, images: int, device: torch.device) -> dict[str, Tensor]:
     """One sample: its images between stretches of text."""
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(3, shape.vocabulary - 1, (TEXT,), generator=generator).chunk(images + 1)
-    image = torch.full((shape.image_tokens,), shape.vocabulary - 1)
+    words = torch.randint(3, shape.image_token, (TEXT,), generator=generator).chunk(images + 1)
+    image = torch.full((shape.image_tokens,), shape.image_token)
     ids = torch.cat([part for each in words[:-1] for part in (each, image)] + [words[-1]]).unsqueeze(0)
     pixels = torch.randn(images, 3, shape.image, shape.image, generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
@@ -147,7 +95,7 @@ def predicted_share(model: Any, prompt: dict[str, Tensor]) -> float:
 def compare(name: str, images: int, dtype: torch.dtype, device: torch.device, turns: int, facts: Entry) -> list[Entry]:
     """The entries of one shape."""
     shape = SHAPES[name]
-    model, prompt = build(shape).to(device, dtype).requires_grad_(False), make_prompt(shape, images, device)
+    model, prompt = build(shape, dtype, device).eval().requires_grad_(False), make_prompt(shape, images, device)
     prompt["pixel_values"] = prompt["pixel_values"].to(dtype)
     problem = {
         "benchmark": "second_look", "shape": name, "dtype": str(dtype).removeprefix("torch."), "images": images,

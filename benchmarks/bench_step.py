@@ -12,18 +12,18 @@ backward pass do, as torch counts them.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from layers import EagerBottleneck, failure
+from models import DEMO, LLAVA_7B, Shape, build
 from records import Entry, Results, entry, failed, machine, parser
 from report import by_problem, table
-from timing import Step, keep_freed_memory, peak_bytes, take_turns
+from timing import Step, added_share, keep_freed_memory, peak_bytes, take_turns
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,79 +36,37 @@ TUNINGS = ("lora", "full")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """LLaVA-1.5-7B's, and a batch of the paper's; images are square."""
+class Workload:
+    """A model and its batch; as they stand, LLaVA-1.5-7B's with the paper's batch."""
 
-    layers: int = 32
-    width: int = 4096
-    intermediate: int = 11008
-    heads: int = 32
-    vocabulary: int = 32064
-    vision_layers: int = 24
-    vision_width: int = 1024
-    image: int = 336
-    patch: int = 14
+    shape: Shape = LLAVA_7B
     batch: int = 16
     text: int = 128
     checkpointed: bool = True
     """Whether full tuning keeps the decoder layers' inputs only, and computes the rest again."""
 
     @property
-    def image_tokens(self) -> int:
-        return (self.image // self.patch) ** 2
-
-    @property
     def tokens(self) -> int:
         """Of a batch."""
-        return self.batch * (self.image_tokens + self.text)
+        return self.batch * (self.shape.image_tokens + self.text)
 
 
-SHAPES = {"7b": Shape(), "demo": Shape(8, 128, 256, 4, 75, 4, 128, 64, 16, 32, 15, False)}
-"""LLaVA-1.5-7B, and the model of `vittle demo` with its batches."""
+DEMO_BATCH = Workload(DEMO, 32, 15, checkpointed=False)
+"""`vittle demo`'s."""
 
-SMALL = Shape(4, 128, 256, 4, 500, 2, 64, 56, 14, 2, 12)
+SMALL = Workload(Shape(4, 128, 256, 4, 500, 2, 64, 256, 56, 14), 2, 12)
 """Does it run at all?"""
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
-    """A LLaVA of transformers' own class, made on its device; the vision tower is frozen."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=shape.vision_width, intermediate_size=4 * shape.vision_width,
-            num_hidden_layers=shape.vision_layers, num_attention_heads=max(1, shape.vision_width // 64),
-            image_size=shape.image, patch_size=shape.patch,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=shape.width, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads, vocab_size=shape.vocabulary, max_position_embeddings=4096,
-        ),
-        image_token_index=shape.vocabulary - 1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = LlavaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(default)
-    for name, parameter in model.named_parameters():
-        if "vision_tower" in name:
-            parameter.requires_grad_(False)
-    return model.train()
-
-
-def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def make_batch(work: Workload, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """One image a sample, then a question and an answer of half the text each."""
-    generator = torch.Generator(device).manual_seed(0)
-    text = torch.randint(shape.vocabulary - 1, (shape.batch, shape.text), generator=generator, device=device)
-    image = torch.full((shape.batch, shape.image_tokens), shape.vocabulary - 1, device=device)
+    shape, generator = work.shape, torch.Generator(device).manual_seed(0)
+    text = torch.randint(shape.image_token, (work.batch, work.text), generator=generator, device=device)
+    image = torch.full((work.batch, shape.image_tokens), shape.image_token, device=device)
     ids = torch.cat((image, text), 1)
     labels = ids.clone()
-    labels[:, : -(shape.text // 2)] = -100
-    pixels = torch.randn(shape.batch, 3, shape.image, shape.image, generator=generator, device=device).to(dtype)
+    labels[:, : -(work.text // 2)] = -100
+    pixels = torch.randn(work.batch, 3, shape.image, shape.image, generator=generator, device=device).to(dtype)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
 
 
@@ -128,12 +86,15 @@ def prepare(model: Any, tuning: str, checkpointed: bool) -> Any:
 class Tuning:
     """One model under each of the contenders in turn, each with a bottleneck and an optimizer of its own."""
 
-    def __init__(self, shape: Shape, tuning: str, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.base = shape, build(shape, dtype, device)
-        self.model = prepare(self.base, tuning, shape.checkpointed)
-        self.batch: dict[str, Any] = make_batch(shape, dtype, device) | {"use_cache": False}
+    def __init__(self, work: Workload, tuning: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.work, self.base = work, build(work.shape, dtype, device).train()
+        for name, parameter in self.base.named_parameters():
+            if "vision_tower" in name:
+                parameter.requires_grad_(False)
+        self.model = prepare(self.base, tuning, work.checkpointed)
+        self.batch: dict[str, Any] = make_batch(work, dtype, device) | {"use_cache": False}
         with device:
-            fused = FusedIB(shape.width)
+            fused = FusedIB(work.shape.width)
         self.bottlenecks: dict[str, nn.Module | None] = {
             "plain": None, "eager": EagerBottleneck(fused, dtype), "fused": fused,
         }  # fmt: skip
@@ -160,7 +121,7 @@ class Tuning:
         self.switch("plain")
         with FlopCounterMode(display=False) as counter:
             self.forward_backward()
-        return 9 * self.shape.width**2 * self.shape.tokens / (counter.get_total_flops() / 2)
+        return 9 * self.work.shape.width**2 * self.work.tokens / (counter.get_total_flops() / 2)
 
     def optimize(self, name: str) -> None:
         self.optimizer.step()
@@ -177,17 +138,17 @@ class Tuning:
 
 
 def compare(
-    shape: Shape, tuning: str, dtype: torch.dtype, device: torch.device, turns: int, facts: Entry
+    work: Workload, tuning: str, dtype: torch.dtype, device: torch.device, turns: int, facts: Entry
 ) -> list[Entry]:
     """The entries of one tuning."""
     name = str(dtype).removeprefix("torch.")
     problem = {
-        "benchmark": "step", "tuning": tuning, "dtype": name, "rows": shape.tokens, "width": shape.width,
-        "layers": shape.layers,
+        "benchmark": "step", "tuning": tuning, "dtype": name, "rows": work.tokens,
+        "width": work.shape.width, "layers": work.shape.layers,
     }  # fmt: skip
     if why := failure("auto", 256, dtype, device):
         return [failed(problem, "fused", why, facts)]
-    run = Tuning(shape, tuning, dtype, device)
+    run = Tuning(work, tuning, dtype, device)
     predicted = run.predicted_share()
     steps = run.steps()
     for each in steps.values():  # AdamW's state is made in its first step, and counts in every contender's peak
@@ -202,11 +163,6 @@ def compare(
         )
         for key, seconds in times.items()
     ]  # fmt: skip
-
-
-def added_share(seconds: Sequence[float], plain: Sequence[float]) -> float:
-    """What a contender adds to the plain step: the median of the turns' own, as both meet the same machine."""
-    return statistics.median(each / other - 1 for each, other in zip(seconds, plain, strict=True))
 
 
 def summary(results: Results) -> str:
@@ -229,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where the layer fails its check."""
     command = parser("What the bottleneck adds to a training step of a LLaVA.", turns=15)
     command.add_argument("--tuning", choices=tuple(TUNINGS), nargs="+", default=list(TUNINGS), help="(lora full)")
-    command.add_argument("--shape", choices=tuple(SHAPES), nargs="+", default=["7b"], help="of the model (7b)")
+    command.add_argument("--shape", choices=("7b", "demo"), nargs="+", default=["7b"], help="of the model (7b)")
     command.add_argument("--layers", type=int, default=32, help="decoder layers of the 7b (32)")
     command.add_argument("--batch", type=int, default=16, help="samples of 576 + 128 tokens for the 7b (16)")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the model (bfloat16)")
@@ -238,9 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     facts = machine(device)
     results = Results(options.output / "step.json")
-    shapes = SHAPES | {"7b": Shape(layers=options.layers, batch=options.batch, checkpointed=options.layers > 4)}
+    cut = replace(LLAVA_7B, layers=options.layers)
+    works = {"7b": Workload(cut, options.batch, checkpointed=options.layers > 4), "demo": DEMO_BATCH}
     for shape, tuning in product(options.shape, options.tuning):
-        results.add(compare(shapes[shape], tuning, getattr(torch, options.dtype), device, options.turns, facts))
+        results.add(compare(works[shape], tuning, getattr(torch, options.dtype), device, options.turns, facts))
         results.save(facts)
     print(table(results, "A step of a LLaVA", ("forward_backward", "optimizer"), "peak_bytes", baseline="plain"))
     print(summary(results))

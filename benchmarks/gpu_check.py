@@ -262,14 +262,14 @@ def _measured(benchmark: str, of: tuple[torch.dtype, int, int, bool], check: Che
 
 def step(check: Check) -> list[Item]:
     """Forward + backward and the optimizer's step of a LLaVA-1.5-7B-shaped model."""
-    shape = bench_step.SMALL if check.smoke else bench_step.Shape()
+    work = bench_step.SMALL if check.smoke else bench_step.Workload()
     dtype, turns = (torch.float32, 2) if check.smoke else (torch.bfloat16, 15)
 
     def run(tuning: str) -> None:
-        check.results.add(bench_step.compare(shape, tuning, dtype, check.device, turns, check.facts))
+        check.results.add(bench_step.compare(work, tuning, dtype, check.device, turns, check.facts))
 
     def done(tuning: str) -> bool:
-        problem = {"benchmark": "step", "tuning": tuning, "layers": shape.layers}
+        problem = {"benchmark": "step", "tuning": tuning, "layers": work.shape.layers}
         return check.results.has(problem, check.facts["commit"])
 
     return [Item(tuning, done(tuning), partial(run, tuning)) for tuning in bench_step.TUNINGS]

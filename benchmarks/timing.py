@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -74,6 +75,11 @@ def take_turns(
             if turn >= 2:
                 times[key].append(seconds)
     return times
+
+
+def added_share(seconds: Sequence[float], plain: Sequence[float]) -> float:
+    """What a contender adds to the plain step: the median of the turns' own, as both meet the same machine."""
+    return statistics.median(each / other - 1 for each, other in zip(seconds, plain, strict=True))
 
 
 def keep_freed_memory() -> None:

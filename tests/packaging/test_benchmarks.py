@@ -141,8 +141,8 @@ def test_a_second_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     table = capsys.readouterr().out.splitlines()[-5:]
     assert max(map(len, table)) <= 80 and [row.split(",")[0] for row in table[1::2]] == ["demo", "demo-qformer"]
 
-    shape = module.SHAPES["demo"]
-    model, prompt = module.build(shape), module.make_prompt(shape, 4, torch.device("cpu"))
+    shape, device = module.SHAPES["demo"], torch.device("cpu")
+    model, prompt = module.build(shape, torch.float32, device).eval(), module.make_prompt(shape, 4, device)
     with module.FlopCounterMode(display=False) as counter:
         model(**prompt)
     look = 2 * 4 * 128 * 128 + 2 * 4 * 16 * 128 * 128  # W_1 for four images, W_2 for their patches
