@@ -17,7 +17,7 @@ from typing import Any
 
 from vittle import ranks
 from vittle.errors import UserError, shown
-from vittle.methods.saving import write_json
+from vittle.files import write_json
 
 RUN_FILE = "vittle_run.json"
 """The run's settings, in its output folder."""

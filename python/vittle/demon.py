@@ -16,7 +16,7 @@ from typing import Any
 from vittle.data.lines import integer_of, read_list
 from vittle.errors import UserError, must_be_at_least, shown
 from vittle.evaluation import EvaluateConfig, evaluate, load, open_evaluation
-from vittle.methods.saving import write_json
+from vittle.files import write_json, write_text
 from vittle.metrics.demon import CATEGORIES, FULL_ONLY, QUESTION_TYPES, category_scores, must_be_a_task
 from vittle.shifts import CLEAN
 from vittle.tasks import Sample
@@ -177,7 +177,7 @@ def _finish(output: Path, found: dict[str, Any]) -> dict[str, Any]:
     """Adds the categories; writes the result and its page."""
     found["categories"] = category_scores({name: each["score"] for name, each in found["tasks"].items()})
     _write(output / RESULT, found)
-    (output / PAGE).write_text(page(found) + "\n", encoding="utf-8")
+    write_text(output / PAGE, page(found) + "\n")
     return found
 
 

@@ -20,9 +20,9 @@ from vittle.data.llava import MARKER
 from vittle.endpoint import Endpoint
 from vittle.errors import UserError, must_be_at_least, shown
 from vittle.evaluate import Answer, Asking, ask, batches, progress_bar
+from vittle.files import write_json
 from vittle.judge import Verdict, judge
 from vittle.locks import alone_in
-from vittle.methods.saving import write_json
 from vittle.metrics.layers import LayerJSD, layer_states
 from vittle.models import fingerprint, load_processor, load_tuned, quiet
 from vittle.shifts import CLEAN, Condition, parse_conditions, text_shift

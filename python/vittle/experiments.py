@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from vittle.errors import UserError, shown
-from vittle.methods.saving import write_json
+from vittle.files import write_json
 
 Test = TypeVar("Test", bound=Hashable)
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from PIL import Image
 
+from vittle.files import write_text
+
 
 def write_page(path: Path, template: str, **content: Any) -> None:
     """Fills a template, escaping all that it does not call safe, and writes the page whole or not at all."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(loader=PackageLoader("vittle"), autoescape=True, undefined=StrictUndefined)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(environment.get_template(template).render(**content), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, environment.get_template(template).render(**content))
 
 
 def data_uri(image: Image.Image) -> str:

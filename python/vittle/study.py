@@ -17,8 +17,8 @@ from vittle.demo import ALIGNED, HELD_OUT_QUESTIONS, SETTINGS, TRAINING_QUESTION
 from vittle.demo.scenes import write_dataset
 from vittle.evaluation import EvaluateConfig, evaluate
 from vittle.experiments import beyond_chance, machine, paired_gain, same_scale, slug
+from vittle.files import write_json, write_text
 from vittle.methods.bottleneck import BottleneckConfig
-from vittle.methods.saving import write_json
 from vittle.metrics import run as emid
 from vittle.models import load_model, load_processor, quiet
 from vittle.train import TrainConfig, train
@@ -93,7 +93,7 @@ def study(output: str | Path, scale: Scale | None = None) -> dict[str, Any]:
         "machine": machine(),
     }  # fmt: skip
     write_json(output / "study.json", found)
-    (output / "study.md").write_text(page(found), encoding="utf-8")
+    write_text(output / "study.md", page(found))
     draw(found, output / "study.png")
     return found
 

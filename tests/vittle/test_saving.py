@@ -76,7 +76,10 @@ def reshape(change: Any) -> Any:
         (rewrite("format", "x"), "has format 'x'; this version reads format 1: save_bottleneck writes it"),
         (rewrite("colour", "red"), "has an unknown setting 'colour'"),
         (rewrite("layer", 9), "layer is 9; must be in [1, 4]"),
-        (rewrite("prior", "learnable"), "has prior of shape None; must be (2, 64), by bottleneck_config.json"),
+        (
+            rewrite("prior", "learnable"),
+            "has no prior; must be (2, 64), by the model and bottleneck_config.json",
+        ),
         (rewrite("format", True), "has format True"),
         (rewrite("layer", True), "layer is True; must be in [1, 4]"),
         (rewrite("alpha", "x"), "alpha is 'x'; must be in [0, 1]"),

@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import IMAGE_TOKEN, IMAGE_TOKENS, LAYERS, VOCABULARY, WIDTH, make_batch, tiny_llava
 from torch import Tensor
 
@@ -396,6 +397,27 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
         vittle.load_vpgc(MODELS["BLIP-2" if kind == "LLaVA" else "LLaVA"](), tmp_path / "own")
     with pytest.raises(UserError, match="does not exist; must be a file that save_vpgc wrote"):
         vittle.load_vpgc(MODELS[kind](), tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {**t, "queries": t["queries"].long()}, r"has queries of torch.int64; must be floating point"),
+        (lambda t: {**t, "queries": t["queries"][:, 1:]}, r"has queries of shape \(1, .*; must be \(1, "),
+        (
+            lambda t: {**t, "more": t["queries"] + 1},
+            r"has more of shape .*; must be left out, by the model and vpgc",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change: Any, message: str, tmp_path: Path) -> None:
+    model = MODELS["BLIP-2"]()
+    vittle.attach_vpgc(model)
+    vittle.save_vpgc(model, tmp_path)
+    path = tmp_path / "vpgc.safetensors"
+    save_file(change(load_file(path)), path)
+    with pytest.raises(UserError, match=rf"the second look in {tmp_path} {message}"):
+        vittle.load_vpgc(MODELS["BLIP-2"](), tmp_path)
 
 
 def test_stays_trainable_beside_adapters(tmp_path: Path) -> None:

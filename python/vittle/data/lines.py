@@ -1,12 +1,12 @@
 """JSON Lines and lists: JSON Lines are read with errors that name the line, and written so that a kill costs the last
-line at most; lists are read with errors that name the record, and written whole or not at all.
+line at most; lists are read with errors that name the record.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -109,13 +109,6 @@ def texts_of(record: Mapping[str, Any], name: str, place: str) -> list[str]:
         found = "missing" if name not in record else shown(value)
         raise UserError(f"{place}: `{name}` is {found}; must be a list of texts")
     return value
-
-
-def write_list(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    """Write a JSON list, whole or not at all; return its path."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    return partial.replace(path)
 
 
 def text_of(record: Mapping[str, Any], name: str, place: str) -> str:

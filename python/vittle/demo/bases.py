@@ -47,7 +47,7 @@ from vittle.demo.checkpoint import (
 )
 from vittle.demo.scenes import CANVAS, CAPTION_PROMPT, CELLS, Placed, Question, Scene, draw, questions
 from vittle.discriminative.pairs import PROMPT
-from vittle.methods.saving import write_json
+from vittle.files import write_json
 
 Form = Literal["qformer", "linear"]
 FORMS: tuple[Form, ...] = get_args(Form)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vittle.data.lines import write_list
 from vittle.data.llava import MARKER
+from vittle.files import write_json
 
 Split = Literal["train", "held_out"]
 Kind = Literal["which", "count", "presence", "sum"]
@@ -214,4 +214,5 @@ def write_records(
         image = files[0] if len(files) == 1 else files
         kind = {"kind": question.kind} if question.kind else {}
         records.append({"id": id, "image": image, "conversations": turns, **kind})
-    return write_list(path, records)
+    write_json(path, records)
+    return path

@@ -23,7 +23,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from vittle.data.lines import write_list
 from vittle.demo import edits
 from vittle.demo.bases import (
     BASE,
@@ -40,8 +39,8 @@ from vittle.demo.scenes import CAPTION_PROMPT, KINDS, sample_scene, write_datase
 from vittle.discriminative import attention_of, make_pairs, read_pairs, to_llava, write_gallery
 from vittle.evaluate import Asking, ask, batches
 from vittle.experiments import beyond_chance, machine, paired_gain, same_scale, slug
+from vittle.files import write_json, write_text
 from vittle.methods.bottleneck import BottleneckConfig
-from vittle.methods.saving import write_json
 from vittle.methods.vpgc import VPGCConfig
 from vittle.models import load_model, load_processor, load_tuned, quiet
 from vittle.tasks.exact import Exact
@@ -157,7 +156,7 @@ def experiment(output: str | Path, scale: Scale | None = None) -> dict[str, Any]
     settings = SETTINGS | {"max_steps": scale.steps, "pictures": scale.pictures, "questions": scale.questions}
     found = {"results": results, "untuned": untuned, "bases": bases, "settings": settings, "machine": machine()}
     write_json(output / "second_look.json", found)
-    (output / "second_look.md").write_text(page(found), encoding="utf-8")
+    write_text(output / "second_look.md", page(found))
     draw(found, output / "second_look.png")
     pairs = read_pairs(output / "training" / f"{FORMS[0]}-0" / "pairs.json")[:SHOWN]
     write_gallery((pair.load() for pair in pairs), output / "gallery.html", "What the base ignores, edited")
@@ -178,7 +177,7 @@ def write_training(folder: Path, base: Path, pictures: int, seed: int) -> dict[D
         both = to_llava(pairs, paths[PAIRS], caption_prompt=CAPTION_PROMPT, seed=seed)
         share = len(_read(both)) / len(read_pairs(pairs))
         to_llava(pairs, paths["captions"], captions_per_pair=share, caption_prompt=CAPTION_PROMPT, seed=seed)
-        write_list(paths["captions"], [each for each in _read(paths["captions"]) if each["id"].startswith("caption")])
+        write_json(paths["captions"], [each for each in _read(paths["captions"]) if each["id"].startswith("caption")])
     return paths
 
 

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vittle.data.lines import id_of, read_list, text_of, write_list
+from vittle.data.lines import id_of, read_list, text_of
 from vittle.data.llava import MARKER, decode, image_file
 from vittle.discriminative.significance import unit
 from vittle.errors import UserError, shown
+from vittle.files import write_json
 
 Kind = Literal["modify", "swap", "delete", "add"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -118,7 +119,8 @@ def write_pairs(folder: str | Path, pairs: Iterable[Pair]) -> Path:
             picture.save(path.parent / names[name])
         told = {name: value for name, value in pair.told.items() if value is not None}
         records.append({"id": pair.id, **names, **told})
-    return write_list(path, records)
+    write_json(path, records)
+    return path
 
 
 def read_pairs(path: str | Path) -> list[StoredPair]:
@@ -186,7 +188,8 @@ def to_llava(
     for n, index in enumerate(islice(rounds, count)):
         image, caption = captions[index]
         records.append(record(f"caption-{n}", [image], caption_prompt, caption))
-    return write_list(Path(output), records)
+    write_json(Path(output), records)
+    return Path(output)
 
 
 def _read_pair(record: Mapping[str, Any], folder: Path, place: str) -> StoredPair:

@@ -360,27 +360,17 @@ def load_bottleneck(model: nn.Module, folder: str | os.PathLike[str], *, backend
 
 
 def _load_weights(module: FusedIB, tensors: dict[str, Tensor], folder: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wanted == found:
-        if bad := [name for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]:
-            raise UserError(
-                f"the bottleneck in {folder} has {bad[0]} of {tensors[bad[0]].dtype}; must be floating point"
-            )
-        if not 0 <= float(tensors["alpha"]) <= 1:
-            raise UserError(f"the bottleneck in {folder} has alpha {float(tensors['alpha'])}; must be in [0, 1]")
-        module.load_state_dict(tensors)
-        return
-    heads = {1: "text only", 2: "vision and text"}
-    stored = found.get("weight_in", ())
+    owner, heads = f"the bottleneck in {folder}", {1: "text only", 2: "vision and text"}
+    stored = tensors["weight_in"].shape if "weight_in" in tensors else ()
     if len(stored) == 3 and stored[0] != 1 + module.vision:
-        reason = f"heads for {heads.get(stored[0], stored[0])}; the model needs {heads[1 + module.vision]}"
-    elif len(stored) == 3 and stored[-1] != module.hidden_size:
-        reason = f"width {stored[-1]}; the model's hidden size is {module.hidden_size}"
-    else:
-        name = next(name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
-        reason = f"{name} of shape {found.get(name)}; must be {wanted.get(name)}, by {FILES.config}"
-    raise UserError(f"the bottleneck in {folder} has {reason}")
+        needed = heads[1 + module.vision]
+        raise UserError(f"{owner} has heads for {heads.get(stored[0], stored[0])}; the model needs {needed}")
+    if len(stored) == 3 and stored[-1] != module.hidden_size:
+        raise UserError(f"{owner} has width {stored[-1]}; the model's hidden size is {module.hidden_size}")
+    FILES.check(module, tensors, owner)
+    if not 0 <= float(tensors["alpha"]) <= 1:
+        raise UserError(f"{owner} has alpha {float(tensors['alpha'])}; must be in [0, 1]")
+    module.load_state_dict(tensors)
 
 
 def _resolved(config: BottleneckConfig, depth: int, has_vision: bool) -> BottleneckConfig:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vittle.errors import UserError
+from vittle.files import whole, write_json
 
 FORMAT = 1
 
@@ -49,9 +48,8 @@ class Files:
         from safetensors.torch import save_file
 
         _make(folder)
-        partial = folder / f".{self.weights}.{os.getpid()}"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        partial.replace(folder / self.weights)
+        with whole(folder / self.weights) as partial:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
         self.write_settings(folder, settings)
 
     def write_settings(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -78,6 +76,22 @@ class Files:
             remedy = "upgrade vittle-kernels, which is older than the file" if newer else f"{writer} writes it"
             raise UserError(f"{path} has format {version!r}; this version reads format {FORMAT}: {remedy}")
         return settings, self._tensors(folder)
+
+    def check(self, module: nn.Module, tensors: Mapping[str, Tensor], owner: str) -> None:
+        """Whether tensors that were read are the module's.
+
+        Raises:
+            UserError: one is missing, too many, of another shape or of integers.
+        """
+        wanted = module.state_dict()
+        for name in sorted(wanted.keys() | tensors.keys()):
+            here, there = (tuple(each[name].shape) if name in each else None for each in (wanted, tensors))
+            if here != there:
+                found = f"no {name}" if there is None else f"{name} of shape {there}"
+                must = "left out" if here is None else here
+                raise UserError(f"{owner} has {found}; must be {must}, by the model and {self.config}")
+            if not tensors[name].dtype.is_floating_point:
+                raise UserError(f"{owner} has {name} of {tensors[name].dtype}; must be floating point")
 
     def _tensors(self, folder: Path) -> dict[str, Tensor]:
         """Of the method's own file, or else of the model's in ``model.safetensors`` or its shards."""
@@ -111,25 +125,6 @@ class Files:
             return sorted({Path(file).name for name, file in names.items() if name.startswith(self.prefix)})
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged: {error}") from error
-
-
-def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Whole or not at all; numbers that JSON does not know become null."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _make(folder: Path) -> None:

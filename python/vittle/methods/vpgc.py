@@ -440,10 +440,5 @@ def _projector(model: Any) -> Any:
 
 
 def _load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != found:
-        name = next(name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
-        shapes = f"{name} of shape {found.get(name)}; must be {wanted.get(name)}"
-        raise UserError(f"the second look in {folder} has {shapes}")
+    FILES.check(module, tensors, f"the second look in {folder}")
     module.load_state_dict(tensors)

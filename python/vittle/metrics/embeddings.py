@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vittle.errors import UserError
+from vittle.files import whole
 
 Embedder = Callable[[Sequence[Any]], Tensor]
 """Of a batch of images, or of texts: (batch, d)."""
@@ -241,15 +242,12 @@ def write_tensors(
     Raises:
         UserError: it cannot be written.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, partial, dict(metadata) if metadata else None)
-        partial.replace(target)
+        with whole(Path(path)) as partial:
+            save_file(stored, partial, dict(metadata) if metadata else None)
     except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{target} cannot be written: {error}") from error
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from vittle.data.llava import MARKER, decode
 from vittle.errors import UserError
 from vittle.evaluate import progress_bar
 from vittle.evaluation import Evaluation, open_evaluation
-from vittle.methods.saving import write_json
+from vittle.files import write_json
 from vittle.metrics.embeddings import (
     Embedder,
     embed,
