@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from vittle.data.lines import read_json
 from vittle.errors import UserError, shown
 from vittle.files import write_json
 
@@ -26,12 +27,12 @@ def same_scale(path: Path, scale: Any) -> None:
     """The runs of a folder are of one scale, a dataclass; seeds, two at least, may be added.
 
     Raises:
-        UserError: there is one seed, or the folder's runs are of another scale.
+        UserError: there is one seed, the folder's runs are of another scale, or its file is damaged.
     """
     if scale.seeds < 2:
         raise UserError(f"seeds is {scale.seeds}; must be at least 2, for a spread")
     content = {name: value for name, value in asdict(scale).items() if not name.endswith("seeds")}
-    if path.exists() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != json.loads(json.dumps(content)):
+    if path.exists() and (earlier := read_json(path)) != json.loads(json.dumps(content)):
         raise UserError(f"{path.parent} holds a study of another scale, {shown(earlier)}; name another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)

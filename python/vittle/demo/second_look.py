@@ -11,7 +11,6 @@ broken off finds again; one that broke off itself starts again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import time
@@ -23,6 +22,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from vittle.data.lines import read_json
 from vittle.demo import edits
 from vittle.demo.bases import (
     BASE,
@@ -144,7 +144,7 @@ def experiment(output: str | Path, scale: Scale | None = None) -> dict[str, Any]
         if not (output / "bases" / form / BASE).exists():
             make_base(output / "bases" / form, form, 0, language, scale.eyes_steps)
     tasks = _tasks(output / "held_out", scale.questions)
-    bases = {name: _read(output / "bases" / name / BASE) for name in ("language", *FORMS)}
+    bases = {name: read_json(output / "bases" / name / BASE) for name in ("language", *FORMS)}
     bases["language"] = _with_means(bases["language"])
     untuned = {form: _untuned(output / "bases" / form, tasks) for form in FORMS}
     results: dict[Form, dict[str, list[dict[str, float]]]] = {form: {} for form in FORMS}
@@ -175,9 +175,9 @@ def write_training(folder: Path, base: Path, pictures: int, seed: int) -> dict[D
         shown = _pictures(pictures, seed)
         pairs = make_pairs(folder, shown, edits.edit, edits.describe, attend=attend, seed=seed)
         both = to_llava(pairs, paths[PAIRS], caption_prompt=CAPTION_PROMPT, seed=seed)
-        share = len(_read(both)) / len(read_pairs(pairs))
-        to_llava(pairs, paths["captions"], captions_per_pair=share, caption_prompt=CAPTION_PROMPT, seed=seed)
-        write_json(paths["captions"], [each for each in _read(paths["captions"]) if each["id"].startswith("caption")])
+        share = len(read_json(both)) / len(read_pairs(pairs))
+        told = to_llava(pairs, paths["captions"], captions_per_pair=share, caption_prompt=CAPTION_PROMPT, seed=seed)
+        write_json(told, [each for each in read_json(told) if each["id"].startswith("caption")])
     return paths
 
 
@@ -220,7 +220,7 @@ def _run(condition: Condition, seed: int, output: Path, scale: Scale, tasks: Map
         )  # fmt: skip
         measured = _measured(tuned.model, tuned.processor, tasks)
         write_json(result, measured | {"seconds": round(time.perf_counter() - start, 1)})
-    return _read(result)
+    return read_json(result)
 
 
 def _measured(model: Any, processor: Any, tasks: Mapping[str, Exact]) -> dict[str, float]:
@@ -235,10 +235,6 @@ def _measured(model: Any, processor: Any, tasks: Mapping[str, Exact]) -> dict[st
 
 def _with_means(found: Mapping[str, float]) -> dict[str, float]:
     return {**found, **{name: mean(found[kind] for kind in kinds) for name, kinds in MEANS.items()}}
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def gains(
