@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vittle.data.lines import integer_of, read_list
+from vittle.data.lines import integer_of, read_json, read_list
 from vittle.errors import UserError, must_be_at_least, shown
-from vittle.evaluation import EvaluateConfig, evaluate, load, open_evaluation
-from vittle.files import write_json, write_text
+from vittle.evaluation import SUMMARY, EvaluateConfig, load, prepared
+from vittle.files import save_json, save_text
 from vittle.metrics.demon import CATEGORIES, FULL_ONLY, QUESTION_TYPES, category_scores, must_be_a_task
 from vittle.shifts import CLEAN
 from vittle.tasks import Sample
@@ -32,7 +33,7 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Asks a model the questions of DEMON's tasks, going on with what the output holds, and scores its answers.
 
-    A sample with a broken image counts as an empty answer.
+    A sample with a broken image scores 0.
 
     Args:
         data: the benchmark's folder, with `TASK/core/core.json`.
@@ -51,21 +52,27 @@ def run(
         UserError: a file is not as it must be, before any question is asked; or a setting, the model or the output
             cannot be used.
     """
-    output, loaded, results = Path(output), cache(load), {}
-    for folder, task in _tasks(Path(data), tasks).items():
-        config = EvaluateConfig(
+    output, loaded, by_folder = Path(output), cache(load), _tasks(Path(data), tasks)
+
+    def config(folder: Path) -> EvaluateConfig:
+        return EvaluateConfig(
             model=model, task="demon", output=str(output / folder.name), data=str(folder), limit=limit,
             batch_size=batch_size, max_new_tokens=max_new_tokens, workers=workers,
         )  # fmt: skip
-        broken = evaluate(config, loaded)["broken"]
-        answers = {each.id: each.text or "" for each in open_evaluation(config.output).answers(CLEAN)}
-        samples = task.samples[:limit]
-        predictions = [
-            {"sample_id": int(each.id), "pred_response": answers[each.id], "gt_response": each.reference}
-            for each in samples
-        ]
-        _write(output / folder.name / PREDICTIONS, predictions)
-        results[task.name] = _scored(output / folder.name, task, samples, answers) | {"broken": broken}
+
+    results: dict[str, Any] = {}
+    with ExitStack() as stack:
+        runs = {folder: stack.enter_context(prepared(config(folder))) for folder in by_folder}
+        for folder, task in by_folder.items():
+            broken = runs[folder].carried_out(loaded)["broken"]
+            answers = {each.id: each.text or "" for each in runs[folder].evaluation.answers(CLEAN)}
+            samples = task.samples[:limit]
+            predictions = [
+                {"sample_id": int(each.id), "pred_response": answers[each.id], "gt_response": each.reference}
+                for each in samples
+            ]
+            save_json(output / folder.name / PREDICTIONS, predictions)
+            results[task.name] = _scored(output / folder.name, task, samples, answers, broken)
     return _finish(output, {"model": model, "limit": limit, "tasks": results})
 
 
@@ -79,6 +86,8 @@ def score(
         predictions: folder with `TASK/pred.json`.
         tasks: folders in both; none: all that have predictions.
         limit: the predictions are of the first samples of each task only.
+
+    The model and the samples with broken images are known where the predictions are those of :func:`run`.
 
     Returns:
         What ``demon.json`` holds.
@@ -97,11 +106,15 @@ def score(
         folder: _predictions(output / folder.name / PREDICTIONS, task.samples[:limit])
         for folder, task in loaded.items()
     }
+    asked = {folder: _asked(output / folder.name) for folder in loaded}
+    model, *others = dict.fromkeys(each["model"] for each in asked.values())
+    if others:
+        raise UserError(f"predictions {predictions} are of models {shown([model, *others])}; must be of one")
     results = {
-        task.name: _scored(output / folder.name, task, task.samples[:limit], answers[folder])
+        task.name: _scored(output / folder.name, task, task.samples[:limit], answers[folder], asked[folder]["broken"])
         for folder, task in loaded.items()
     }
-    return _finish(output, {"model": None, "limit": limit, "tasks": results})
+    return _finish(output, {"model": model, "limit": limit, "tasks": results})
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -121,7 +134,7 @@ def page(found: Mapping[str, Any]) -> str:
     parts += [_markdown(rows), _markdown([["", *CATEGORIES], ["score", *scores], ["tasks", *covered]])]
     broken = [reason for each in results.values() for reason in each.get("broken", {}).values()]
     if broken:
-        parts.append(f"{len(broken)} samples have broken images and count as empty answers. The first: {broken[0]}")
+        parts.append(f"{len(broken)} samples have broken images and score 0. The first: {broken[0]}")
     return "\n\n".join(parts)
 
 
@@ -162,30 +175,35 @@ def _predictions(path: Path, samples: Sequence[Sample]) -> dict[str, str]:
     return answers
 
 
-def _scored(folder: Path, task: Demon, samples: Sequence[Sample], answers: Mapping[str, str]) -> dict[str, Any]:
+def _asked(folder: Path) -> dict[str, Any]:
+    """The model of predictions, and the samples whose images were broken, where `vittle demon` has made them."""
+    path = folder / SUMMARY
+    found = read_json(path) if path.exists() else {}
+    try:
+        return {"model": found["settings"]["model"] if found else None, "broken": dict(found.get("broken", {}))}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _scored(
+    folder: Path, task: Demon, samples: Sequence[Sample], answers: Mapping[str, str], broken: Mapping[str, str]
+) -> dict[str, Any]:
     """Writes both files of scores; returns what ``demon.json`` has of the task."""
-    scores = {each.id: task.score_of(each, answers[each.id]) for each in samples}
+    scores = {each.id: task.score_of(each, answers[each.id]) * (each.id not in broken) for each in samples}
     mean = fmean(scores.values())
-    _write(folder / SCORE, {"Rouge-L f" if task.is_open_ended else "Accuracy": mean})
-    _write(folder / SCORES, [{"id": id, "score": str(round(value, 3))} for id, value in scores.items()])
+    save_json(folder / SCORE, {"Rouge-L f" if task.is_open_ended else "Accuracy": mean})
+    save_json(folder / SCORES, [{"id": id, "score": str(round(value, 3))} for id, value in scores.items()])
     category = next(category for category, tasks in CATEGORIES.items() if task.name in tasks)
     metric = "ROUGE-L" if task.is_open_ended else "accuracy"
-    return {"category": category, "metric": metric, "samples": len(scores), "score": mean}
+    return {"category": category, "metric": metric, "samples": len(scores), "score": mean, "broken": dict(broken)}
 
 
 def _finish(output: Path, found: dict[str, Any]) -> dict[str, Any]:
     """Adds the categories; writes the result and its page."""
     found["categories"] = category_scores({name: each["score"] for name, each in found["tasks"].items()})
-    _write(output / RESULT, found)
-    write_text(output / PAGE, page(found) + "\n")
+    save_json(output / RESULT, found)
+    save_text(output / PAGE, page(found) + "\n")
     return found
-
-
-def _write(path: Path, content: Any) -> None:
-    try:
-        write_json(path, content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -102,7 +102,8 @@ def generate(model: Any, processor: Any, tensors: Mapping[str, Tensor], settings
     tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     with torch.inference_mode():
         ids = model.generate(**tensors, **settings)
-    return list(processor.batch_decode(ids[:, tensors["input_ids"].shape[1] :], skip_special_tokens=True))
+    repeated = 0 if model.config.get_text_config().is_encoder_decoder else tensors["input_ids"].shape[1]
+    return list(processor.batch_decode(ids[:, repeated:], skip_special_tokens=True))
 
 
 def progress_bar(total: int, description: str) -> tqdm[Any]:

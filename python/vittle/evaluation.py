@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from vittle.data.llava import MARKER
 from vittle.endpoint import Endpoint
 from vittle.errors import UserError, must_be_at_least, shown
 from vittle.evaluate import Answer, Asking, ask, batches, progress_bar
-from vittle.files import write_json
+from vittle.files import save_json
 from vittle.judge import Verdict, judge
 from vittle.locks import alone_in
 from vittle.metrics.layers import LayerJSD, layer_states
@@ -202,11 +203,14 @@ def load(model: str) -> tuple[Any, Any]:
     """A model on its device, bf16 on a GPU, and its processor.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or its processor has no chat template.
     """
+    processor = load_processor(model)
+    if getattr(processor, "chat_template", None) is None:
+        raise UserError(f"model is {model!r}, whose processor has no chat template; must have one, to be asked")
     with quiet():
         tuned = load_tuned(model, _dtype())
-    return tuned.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(model)
+    return tuned.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
 def evaluate(config: EvaluateConfig, load: Callable[[str], tuple[Any, Any]] = load) -> dict[str, Any]:
@@ -220,32 +224,50 @@ def evaluate(config: EvaluateConfig, load: Callable[[str], tuple[Any, Any]] = lo
         UserError: a setting, the model, the task or the folder cannot be used, or a judge's endpoint fails; what is
             done is kept.
     """
+    with prepared(config) as run:
+        return run.carried_out(load)
+
+
+@contextmanager
+def prepared(config: EvaluateConfig) -> Iterator[Run]:
+    """An evaluation that can begin: its folder is locked, and all that can be checked without the model is.
+
+    Raises:
+        UserError: as :func:`evaluate`; the folder is as it was.
+    """
     with alone_in(_usable(Path(config.output))):
-        run, loaded = _begin(config), partial(load, config.model)
-        _ask(run, loaded)
-        if run.judge is not None:
-            _judge(run, run.judge)
-        summary = _summarized(run.evaluation)
-        if config.layer_jsd:
-            _measure_layers(run, loaded)
-            summary = _summarized(run.evaluation)
-    return summary
+        yield _checked(config)
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What one call does in the folder of an evaluation."""
 
+    config: EvaluateConfig
     evaluation: Evaluation
     asking: Asking
     conditions: list[Condition]
     """That it was asked for; the folder may hold more."""
-    judge: Endpoint | None
+    endpoint: Endpoint | None
+    """Of the judge."""
+
+    def carried_out(self, load: Callable[[str], tuple[Any, Any]]) -> dict[str, Any]:
+        """As :func:`evaluate`."""
+        loaded, folder = partial(load, self.config.model), self.evaluation.folder
+        save_json(folder / SETTINGS, self.evaluation.settings)
+        _ask(self, loaded)
+        if self.endpoint is not None:
+            _judge(self, self.endpoint)
+        summary = _summarized(self.evaluation)
+        if self.config.layer_jsd:
+            _measure_layers(self, loaded)
+            summary = _summarized(self.evaluation)
+        return summary
 
 
 def _summarized(evaluation: Evaluation) -> dict[str, Any]:
     summary = evaluation.summary()
-    _write(evaluation.folder / SUMMARY, summary)
+    save_json(evaluation.folder / SUMMARY, summary)
     return summary
 
 
@@ -258,8 +280,8 @@ def _usable(folder: Path) -> Path:
     return folder
 
 
-def _begin(config: EvaluateConfig) -> _Run:
-    """The folder, made or found to be of the same settings; nothing is written where something cannot be used."""
+def _checked(config: EvaluateConfig) -> Run:
+    """What the folder becomes, or goes on with."""
     folder = Path(config.output)
     counts = {"batch_size": config.batch_size, "limit": config.limit, "max_new_tokens": config.max_new_tokens}
     must_be_at_least(workers=(config.workers, 0), **{n: (value, 1) for n, value in counts.items() if value is not None})
@@ -300,8 +322,7 @@ def _begin(config: EvaluateConfig) -> _Run:
     }
     if (folder / SETTINGS).exists():
         settings = _joined(folder, _read_settings(folder), settings)
-    _write(folder / SETTINGS, settings)
-    return _Run(Evaluation(folder, settings, task, samples), asking, conditions, judge)
+    return Run(config, Evaluation(folder, settings, task, samples), asking, conditions, judge)
 
 
 def _dtype() -> torch.dtype:
@@ -356,7 +377,7 @@ def _joined(folder: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any
     }
 
 
-def _ask(run: _Run, load: Callable[[], tuple[Any, Any]]) -> None:
+def _ask(run: Run, load: Callable[[], tuple[Any, Any]]) -> None:
     todo = [each for each in run.conditions if not run.evaluation.is_answered(each)]
     if not todo:
         return
@@ -368,7 +389,7 @@ def _ask(run: _Run, load: Callable[[], tuple[Any, Any]]) -> None:
                 bar.update(count)
 
 
-def _measure_layers(run: _Run, load: Callable[[], tuple[Any, Any]]) -> None:
+def _measure_layers(run: Run, load: Callable[[], tuple[Any, Any]]) -> None:
     """Adds what is missing to the folder's divergences, a condition at a time."""
     evaluation = run.evaluation
     path, found = evaluation.folder / LAYERS, evaluation.layers()
@@ -384,10 +405,10 @@ def _measure_layers(run: _Run, load: Callable[[], tuple[Any, Any]]) -> None:
         measured = LayerJSD(clean())
         for condition, states in zip(todo, shifted, strict=True):
             found[condition.name] = measured(states())
-            _write(path, found)
+            save_json(path, found)
 
 
-def _judge(run: _Run, endpoint: Endpoint) -> None:
+def _judge(run: Run, endpoint: Endpoint) -> None:
     with progress_bar(len(run.conditions) * len(run.evaluation.samples), "judging") as bar:
         for condition in run.conditions:
             for count in run.evaluation.judge(condition, endpoint):
@@ -437,13 +458,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    try:
-        write_json(path, content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def digest(samples: Sequence[Sample]) -> str:

@@ -10,6 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vittle.errors import UserError
+
+Json = Mapping[str, Any] | Sequence[Any]
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -30,9 +34,34 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+def write_json(path: Path, content: Json) -> None:
     """Numbers that JSON does not know become null."""
-    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, _json(content))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Where the user said.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def save_json(path: Path, content: Json) -> None:
+    """As :func:`write_json`, where the user said.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    save_text(path, _json(content))
+
+
+def _json(content: Json) -> str:
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

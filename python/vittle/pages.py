@@ -9,15 +9,19 @@ from typing import Any
 
 from PIL import Image
 
-from vittle.files import write_text
+from vittle.files import save_text
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
-    """Fills a template, escaping all that it does not call safe, and writes the page whole or not at all."""
+    """Fills a template, escaping all that it does not call safe, and writes the page whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(loader=PackageLoader("vittle"), autoescape=True, undefined=StrictUndefined)
-    write_text(path, environment.get_template(template).render(**content))
+    save_text(path, environment.get_template(template).render(**content))
 
 
 def data_uri(image: Image.Image) -> str:

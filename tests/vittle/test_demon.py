@@ -196,6 +196,20 @@ class TestTask:
         spans = [text[start:end] for start, end in protected_spans(text)]
         assert "Choice list:['a red cat', 'a blue dog']. Your answer is:" in spans
 
+    def test_tables_numbered_apart_from_images(self, tmp_path: Path) -> None:
+        context = "{table#1}Is {image#1}, in {table#1}, or {image#2}?"
+        one = record(context=context, images_path=["0.png", "1.png", "2.png"])
+        files = Demon(write_task(tmp_path, "ManyModalQA", [one])).samples[0].images
+        assert [file.name for file in files] == ["0.png", "1.png", "0.png", "2.png"]
+
+    def test_numbers_are_texts(self, tmp_path: Path) -> None:
+        task = Demon(write_task(tmp_path, "Fashion200K", [record(choice_list=[3, 4], response=4)]))
+        assert "Choice list:['3', '4']. Your" in task.samples[0].question and task.score({"0": "4"})["accuracy"] == 100
+
+    @pytest.mark.parametrize(("name", "task"), [("Flintstones", "FlintstonesSV"), ("DiDemoSV", "DiDeMoSV")])
+    def test_names_of_the_descriptions(self, name: str, task: str, tmp_path: Path) -> None:
+        assert Demon(write_task(tmp_path, name, [record(choice_list=None)], question_type="open-ended")).name == task
+
     def test_images_without_places_stand_first(self, tmp_path: Path) -> None:
         task = Demon(write_task(tmp_path, "VIST", [record(context="Tell.", choice_list=None)]))
         assert task.samples[0].question == "<image>\n<image>\nLook closely. Tell."
@@ -239,6 +253,7 @@ class TestTask:
             ({"context": "{image#0}{image#1}{image#2}What?"}, "the text has places for images [0, 1, 2] and"),
             ({"choice_list": None}, "`choice_list` is missing; must be a list of texts"),
             ({"choice_list": []}, "`choice_list` is []; must be"),
+            ({"choice_list": ["a", "\ud800"]}, "`choice_list` has half a character at 0"),
             ({"response": "a cat"}, '`response` is "a cat"; must be of ["a red cat", "a blue dog"]'),
             ({"response": None}, "`response` is missing; must be text"),
         ],
@@ -348,8 +363,7 @@ class TestRun:
             "TextRich": 100 * found["tasks"]["SlideVQA"]["score"],
         }
         before = contents(output / "ALFRED")
-        rescored = score(data, output)
-        assert rescored["categories"] == found["categories"] and contents(output / "ALFRED") == before
+        assert score(data, output) == found and contents(output / "ALFRED") == before
 
     def test_goes_on(self, data: Path, tmp_path: Path, seen: dict[str, list[Any]]) -> None:
         output = tmp_path / "out"
@@ -370,12 +384,37 @@ class TestRun:
             run(data, str(ALIGNED), output, tasks=["ALFRED"], **SETTINGS | {"batch_size": 3})
         assert contents(output) == whole
 
-    def test_a_broken_image_is_an_empty_answer(self, data: Path, tmp_path: Path) -> None:
-        image = data / "SlideVQA" / "core" / "images" / "0.png"
+    def test_a_broken_image_scores_nothing(self, data: Path, tmp_path: Path) -> None:
+        """Though an empty answer is nearest to the first choice, which is one sample's reference."""
+        image, output = data / "SlideVQA" / "core" / "images" / "0.png", tmp_path / "out"
         image.write_bytes(image.read_bytes()[:60])
-        found = run(data, str(ALIGNED), tmp_path / "out", tasks=["SlideVQA"], **SETTINGS)
-        assert found["tasks"]["SlideVQA"]["score"] == 0.5  # both nearest to nothing: the first choice
-        assert page(found).count(str(image)) == 1 and "2 samples have broken images" in page(found)
+        found = run(data, str(ALIGNED), output, tasks=["SlideVQA"], **SETTINGS)
+        assert json.loads((output / "SlideVQA" / "eval.json").read_text()) == {"Accuracy": 0}
+        scores = json.loads((output / "SlideVQA" / "eval_score.json").read_text())
+        assert scores == [{"id": "4", "score": "0"}, {"id": "2", "score": "0"}]
+        assert page(found).count(str(image)) == 1 and "2 samples have broken images and score 0" in page(found)
+        before = contents(output)
+        assert score(data, output) == found and contents(output) == before
+
+    def test_another_model_is_refused_before_any_question(
+        self, data: Path, tmp_path: Path, seen: dict[str, list[Any]]
+    ) -> None:
+        other, output = tmp_path / "other", tmp_path / "out"
+        shutil.copytree(ALIGNED, other)
+        (other / "config.json").write_text((other / "config.json").read_text() + " ")
+        run(data, str(ALIGNED), output, tasks=["SlideVQA"], **SETTINGS)
+        before = contents(output)
+        seen["asked"].clear()
+        with pytest.raises(UserError, match=r"SlideVQA holds another evaluation: its model was .*, now it is"):
+            run(data, str(other), output, **SETTINGS)
+        assert not seen["asked"]
+        assert {path: text for path, text in contents(output).items() if path.name != ".lock"} == {
+            path: text for path, text in before.items() if path.name != ".lock"
+        }
+        run(data, str(other), tmp_path / "there", tasks=["ALFRED"], **SETTINGS)
+        shutil.copytree(tmp_path / "there" / "ALFRED", output / "ALFRED", dirs_exist_ok=True)
+        with pytest.raises(UserError, match=r"predictions .* are of models .*; must be of one"):
+            score(data, output)
 
     def test_a_bad_task_stops_it_before_any_question(
         self, data: Path, tmp_path: Path, seen: dict[str, list[Any]]

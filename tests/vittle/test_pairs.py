@@ -123,6 +123,11 @@ class TestPipeline:
             assert (difference == loaded.mask).all()
             assert pair.difference == f"{pair.kind}: {pair.object} is red now."
 
+    def test_refuses_maps_of_other_pictures(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="attend gave 2 maps of 1 pictures; must give one of each"):
+            make_pairs(tmp_path, [halves()], paint, tell, attend=lambda images: np.ones((2, 2, 2)))
+        assert not (tmp_path / "pairs.json").exists()
+
     def test_gives_each_picture_its_own_map(self, tmp_path: Path) -> None:
         seen: list[int] = []
 
@@ -211,9 +216,45 @@ class TestFolder:
         assert a.image == c.image != b.image
         assert len(list((tmp_path / "images").iterdir())) == 2 + 3 * 2
 
-    def test_shows_no_pairs_until_all_are_written(self, tmp_path: Path) -> None:
+    def test_keeps_the_pairs_that_are_there(self, tmp_path: Path) -> None:
         write_pairs(tmp_path, [pair()])
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        with pytest.raises(UserError, match=r"pairs\.json exists; name another folder, or remove it first"):
+            write_pairs(tmp_path, [pair("other")])
+        with pytest.raises(UserError, match=r"output is .*pairs\.json, the pairs themselves; must be another file"):
+            to_llava(tmp_path / "pairs.json", tmp_path / "images" / ".." / "pairs.json", captions_per_pair=0)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
+    @pytest.mark.parametrize(
+        ("pairs", "message"),
+        [
+            (lambda: [pair(), pair()], 'pair "a" stands twice; ids must differ'),
+            (lambda: [pair(difference=" ")], 'pair "a": `difference` is " "; must be text'),
+            (lambda: [pair(caption="<image>")], "`caption` has an <image> marker; must be words alone"),
+            (lambda: [pair(kind="paint")], '`kind` is "paint"; must be an edit such as'),
+            (lambda: [pair(mask=np.zeros((8, 12), bool))], "`mask` is bool, nowhere True; must be bool"),
+            (lambda: [pair(mask=np.ones((8, 12), np.uint8))], "`mask` is uint8, somewhere True; must be bool"),
+            (list, "there is no pair for "),
+        ],
+    )
+    def test_writes_nothing_that_it_would_not_read(self, pairs: Any, message: str, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=message):
+            write_pairs(tmp_path, pairs())
+        assert not (tmp_path / "pairs.json").exists()
+
+    def test_where_nothing_can_be_written(self, tmp_path: Path) -> None:
+        path = write_pairs(tmp_path, [pair()])
+        with pytest.raises(UserError, match=r"folder .*pairs\.json cannot be written: "):
+            write_pairs(path, [pair()])
+        with pytest.raises(UserError, match=r"nowhere.out\.json cannot be written: No such file"):
+            to_llava(path, tmp_path / "nowhere" / "out.json", captions_per_pair=0)
+
+    def test_a_print_is_kept_in_rgb(self, tmp_path: Path) -> None:
+        pictures = {name: Image.new("CMYK", (12, 8), (0, 255, 0, 0)) for name in ("image", "edited")}
+        (found,) = read_pairs(write_pairs(tmp_path, [pair(**pictures)]))
+        assert np.asarray(found.load().image)[0, 0].tolist() == [255, 0, 255]
+
+    def test_shows_no_pairs_until_all_are_written(self, tmp_path: Path) -> None:
         def broken() -> Iterator[Pair]:
             yield pair()
             raise OSError("the disk is full")

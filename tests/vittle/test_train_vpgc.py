@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
 from test_vpgc import blip
 from transformers import Blip2Processor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import vittle
+from vittle import UserError
 from vittle.cli import main
 from vittle.data import Collator, LlavaDataset
 from vittle.demo.checkpoint import make_model, make_processor, save
 from vittle.demo.edits import write_questions, write_scene_pairs
 from vittle.discriminative import to_llava
-from vittle.evaluate import Asking, ask, batches
+from vittle.evaluate import Asking, ask, batches, generate
+from vittle.evaluation import load
 from vittle.models import load_model, load_processor, load_tuned
 from vittle.tasks.exact import Exact
 
@@ -56,6 +59,35 @@ def write_blip(folder: Path, image: int = 8) -> None:
     model.save_pretrained(folder)
     images = BlipImageProcessorPil(size={"height": image, "width": image})
     Blip2Processor(images, tokenizer, num_query_tokens=4).save_pretrained(folder)
+
+
+def test_an_encoder_decoder_answers_without_its_prompt() -> None:
+    processor = make_processor()
+    size = len(processor.tokenizer)
+    text = hf.T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=size, decoder_start_token_id=0
+    )
+    model, image = blip(language=text), processor.tokenizer.convert_tokens_to_ids("<image>")
+    model.config.image_token_index = model.config.image_token_id = image
+    words = torch.randint(image + 1, size, (2, 40), generator=torch.Generator().manual_seed(0))
+    tensors = {
+        "input_ids": torch.cat([torch.full((2, 4), image), words], 1), "attention_mask": torch.ones(2, 44).long(),
+        "pixel_values": torch.randn(2, 3, 8, 8),
+    }  # fmt: skip
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    ids = model.generate(**tensors, **settings)
+    assert ids.shape[1] == 4  # the start token, and no prompt
+    assert generate(model, processor, tensors, settings) == processor.batch_decode(ids, skip_special_tokens=True)
+
+
+def test_a_processor_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    blip("InstructBlip").save_pretrained(tmp_path)
+    tokenizer = make_processor().tokenizer
+    tokenizer.chat_template = None
+    images = BlipImageProcessorPil(size={"height": 8, "width": 8})
+    hf.InstructBlipProcessor(images, tokenizer, tokenizer, num_query_tokens=4).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="whose processor has no chat template; must have one, to be asked"):
+        load(str(tmp_path))
 
 
 def run(small: Path, data: Path, output: Path, *more: str) -> int:

@@ -158,6 +158,21 @@ def logits_of(model: Any, batch: dict[str, Tensor], **settings: Any) -> Tensor:
     return torch.stack(model.generate(**batch, **settings).logits)
 
 
+def token_by_token(model: Any, batch: dict[str, Tensor], expected: Tensor) -> Tensor:
+    """The logits that ``forward`` gives where each token is the likeliest that was expected."""
+    decoder = model.language_model if hasattr(model, "query_tokens") else model  # BLIP-2's forward wants images
+    attended, logits = batch["attention_mask"], []
+    with torch.no_grad():
+        output = model(**batch, use_cache=True)
+        past = getattr(output, "language_model_outputs", output).past_key_values
+        for step in expected:
+            logits.append(output.logits[:, -1])
+            token = step.index_fill(1, torch.tensor([IMAGE_TOKEN]), -torch.inf).argmax(1, keepdim=True)
+            attended = torch.nn.functional.pad(attended, (0, 1), value=1)
+            output = decoder(input_ids=token, attention_mask=attended, past_key_values=past)
+    return torch.stack(logits)
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_generation(model: Any, both: bool) -> None:
     """By a cache of any kind, without one, or token by token through forward: the same logits; one look a prompt."""
@@ -172,9 +187,8 @@ def test_generation(model: Any, both: bool) -> None:
     cached = logits_of(model, batch)
     assert len(looks) == 1
     assert ((cached[0] - plain[0]).abs().amax(1) > 1e-3).tolist() == [True, True, both]  # the third has no image
-    with torch.no_grad():
-        first = model(**batch).logits[:, -1]
-    torch.testing.assert_close(cached[0], first, rtol=1e-4, atol=1e-5)
+    if not (both and hasattr(model, "query_tokens")):  # whose decoder cannot run outside with a bottleneck in it
+        torch.testing.assert_close(token_by_token(model, batch, cached), cached, rtol=1e-4, atol=1e-5)
     for settings in ({"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
         torch.testing.assert_close(logits_of(model, batch, **settings), cached, rtol=1e-4, atol=1e-5)
     beams = model.generate(**batch, **GREEDY, num_beams=3)
@@ -182,9 +196,6 @@ def test_generation(model: Any, both: bool) -> None:
     repeated = {name: each[:1] for name, each in batch.items()}  # one image: transformers 5.17 mixes up several
     samples = logits_of(model, repeated, num_beams=2, num_return_sequences=2)
     torch.testing.assert_close(samples[0, :2], cached[0, :1].expand(2, -1), rtol=1e-4, atol=1e-5)
-    ids = torch.cat([batch["input_ids"], cached[0].argmax(-1, keepdim=True)], 1)
-    attended = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
-    assert ids.shape == attended.shape
 
 
 def test_speculation_looks_once() -> None:

@@ -108,7 +108,7 @@ def texts_of(record: Mapping[str, Any], name: str, place: str) -> list[str]:
     if not (isinstance(value, list) and value and all(isinstance(each, str) and each for each in value)):
         found = "missing" if name not in record else shown(value)
         raise UserError(f"{place}: `{name}` is {found}; must be a list of texts")
-    return value
+    return [whole_characters(each, f"{place}: `{name}`") for each in value]
 
 
 def text_of(record: Mapping[str, Any], name: str, place: str) -> str:

@@ -21,7 +21,7 @@ from vittle.data.lines import id_of, read_list, text_of
 from vittle.data.llava import MARKER, decode, image_file
 from vittle.discriminative.significance import unit
 from vittle.errors import UserError, shown
-from vittle.files import write_json
+from vittle.files import save_json
 
 Kind = Literal["modify", "swap", "delete", "add"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -60,7 +60,7 @@ class Pair(_Told):
     """A picture and its edit.
 
     Raises:
-        UserError: the edited picture or the mask is not of the picture's size.
+        UserError: the edited picture or the mask is not of the picture's size, or the mask is not bool or nowhere True.
     """
 
     image: Image.Image
@@ -71,7 +71,11 @@ class Pair(_Told):
     """(h, w), any size and scale; from a folder in [0, 1], as 8 bits hold it."""
 
     def __post_init__(self) -> None:
-        _check_sizes(self.image.size, self.edited.size, self.mask.shape[::-1], f"pair {shown(self.id)}")
+        place = f"pair {shown(self.id)}"
+        _check_sizes(self.image.size, self.edited.size, self.mask.shape[::-1], place)
+        if self.mask.dtype != bool or not self.mask.any():
+            found = f"{self.mask.dtype}, {'somewhere' if self.mask.any() else 'nowhere'} True"
+            raise UserError(f"{place}: `mask` is {found}; must be bool, True inside the object")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,26 +104,40 @@ def write_pairs(folder: str | Path, pairs: Iterable[Pair]) -> Path:
     """Writes pairs as they come, pictures as PNG; returns `pairs.json`, which appears when all are written.
 
     Pairs of one and the same picture that come together share its file.
+
+    Raises:
+        UserError: the folder holds pairs already or cannot be written, there is no pair, an id stands twice, or a text
+            is empty or has an image marker.
     """
     path = Path(folder) / PAIRS
-    images = path.parent / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    records: list[dict[str, Any]] = []
+    if path.exists():
+        raise UserError(f"{path} exists; name another folder, or remove it first")
+    try:
+        (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be written: {error.strerror}") from error
+    records: dict[str, dict[str, Any]] = {}
     original: Image.Image | None = None
+    image = ""
     for index, pair in enumerate(pairs):
+        told = {name: value for name, value in pair.told.items() if value is not None}
+        _check_told(told, f"pair {shown(pair.id)}")
+        if pair.id in records:
+            raise UserError(f"pair {shown(pair.id)} stands twice; ids must differ")
         pictures = {"edited": pair.edited, "mask": Image.fromarray(pair.mask)}
         if pair.image is not original:
             original = pictures["image"] = pair.image
         if pair.attention is not None:
             pictures["attention"] = Image.fromarray(np.round(255 * unit(pair.attention)).astype(np.uint8))
-        names = {"image": records[-1]["image"] if records else ""}
+        names = {"image": image}
         for name, picture in pictures.items():
             names[name] = f"images/{index:06}-{name}.png"
-            picture.save(path.parent / names[name])
-        told = {name: value for name, value in pair.told.items() if value is not None}
-        records.append({"id": pair.id, **names, **told})
-    write_json(path, records)
+            (picture.convert("RGB") if picture.mode == "CMYK" else picture).save(path.parent / names[name])
+        image = names["image"]
+        records[pair.id] = {"id": pair.id, **names, **told}
+    if not records:
+        raise UserError(f"there is no pair for {path}; must be at least one")
+    save_json(path, list(records.values()))
     return path
 
 
@@ -167,12 +185,15 @@ def to_llava(
         seed: of the order of the captions, and so of those that come once more.
 
     Raises:
-        UserError: as `read_pairs`, `captions_per_pair` is negative, or it asks for captions and no pair has one.
+        UserError: as `read_pairs`, `captions_per_pair` is negative, it asks for captions and no pair has one, or the
+            output is `pairs.json` itself or cannot be written.
     """
     if not 0 <= captions_per_pair < math.inf:
         raise UserError(f"captions_per_pair is {captions_per_pair}; must be 0 or more")
     pairs = read_pairs(path)
     folder = Path(path).parent.resolve()
+    if Path(output).resolve() == Path(path).resolve():
+        raise UserError(f"output is {output}, the pairs themselves; must be another file")
 
     def record(id: str, images: list[Path], asked: str, answer: str) -> dict[str, Any]:
         turns = [{"from": "human", "value": f"{MARKER}\n" * len(images) + asked}, {"from": "gpt", "value": answer}]
@@ -188,11 +209,21 @@ def to_llava(
     for n, index in enumerate(islice(rounds, count)):
         image, caption = captions[index]
         records.append(record(f"caption-{n}", [image], caption_prompt, caption))
-    write_json(Path(output), records)
+    save_json(Path(output), records)
     return Path(output)
 
 
 def _read_pair(record: Mapping[str, Any], folder: Path, place: str) -> StoredPair:
+    told = _check_told(record, place)
+    image, edited, mask = (_file(text_of(record, name, place), folder, place) for name in ("image", "edited", "mask"))
+    _check_sizes(_size(image, place), _size(edited, place), _size(mask, place), place)
+    has_attention = record.get("attention") is not None
+    attention = _file(text_of(record, "attention", place), folder, place) if has_attention else None
+    return StoredPair(**told, image=image, edited=edited, mask=mask, attention=attention)
+
+
+def _check_told(record: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What a record says of a pair, by the fields' names."""
     kind = text_of(record, "kind", place)
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS) or KINDS
@@ -200,21 +231,14 @@ def _read_pair(record: Mapping[str, Any], folder: Path, place: str) -> StoredPai
     score = record.get("significance")
     if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
         raise UserError(f"{place}: `significance` is {shown(score)}; must be a number")
-    image, edited, mask = (_file(text_of(record, name, place), folder, place) for name in ("image", "edited", "mask"))
-    _check_sizes(_size(image, place), _size(edited, place), _size(mask, place), place)
-    has = {name for name in ("caption", "attention") if record.get(name) is not None}
-    return StoredPair(
-        id=id_of(record, "id", place),
-        kind=kind,
-        object=text_of(record, "object", place),
-        difference=_words(record, "difference", place),
-        caption=_words(record, "caption", place) if "caption" in has else None,
-        significance=score,
-        image=image,
-        edited=edited,
-        mask=mask,
-        attention=_file(text_of(record, "attention", place), folder, place) if "attention" in has else None,
-    )
+    return {
+        "id": id_of(record, "id", place),
+        "kind": kind,
+        "object": text_of(record, "object", place),
+        "difference": _words(record, "difference", place),
+        "caption": None if record.get("caption") is None else _words(record, "caption", place),
+        "significance": score,
+    }
 
 
 def _words(record: Mapping[str, Any], name: str, place: str) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vittle.discriminative.pairs import KINDS, Kind, Pair, write_pairs
 from vittle.discriminative.significance import significance
+from vittle.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,8 @@ def make_pairs(
         seed: of all that is drawn; what is drawn for a picture depends on its place alone.
 
     Raises:
-        UserError: a map or a mask is not as `significance` takes it, or an edit not of its picture's size.
+        UserError: a map or a mask is not as `significance` takes it, an edit not of its picture's size, or a pair not
+            as `write_pairs` takes it.
     """
 
     def pairs() -> Iterator[Pair]:
@@ -138,4 +140,6 @@ def _attended(pictures: Iterable[P], attend: Attend | None, size: int) -> Iterat
     rest = iter(pictures)
     while batch := list(islice(rest, size)):
         maps = [None] * len(batch) if attend is None else attend([picture.image for picture in batch])
+        if len(maps) != len(batch):
+            raise UserError(f"attend gave {len(maps)} maps of {len(batch)} pictures; must give one of each")
         yield from zip(batch, maps, strict=True)

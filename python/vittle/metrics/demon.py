@@ -52,11 +52,13 @@ IMAGE_CHOICE = ("COMICS_Panel", "RecipeQA_VisualCloze", "RecipeQA_ImageCoherence
 """Tasks whose choices are images, named in the context: `Image A` to `Image D`."""
 
 RELEASED_NAMES: Mapping[str, str] = {
+    "DiDemoSV": "DiDeMoSV",
+    "Flintstones": "FlintstonesSV",
     "MultiModalQA": "MMQA",
     "nuscenes": "nuScenes",
     "recipeqa-RecipeQA_VisualCloze": "RecipeQA_VisualCloze",
 }
-"""What the released scripts and folders call some tasks too."""
+"""What the released scripts, folders and descriptions call some tasks too."""
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _FULL_STOP = re.compile(r"\.(?!\d)")

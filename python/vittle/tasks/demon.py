@@ -16,15 +16,16 @@ from vittle.tasks.task import Counts, Sample, Task, Values, share, with_images
 CORE = Path("core", "core.json")
 """In the folder of a task."""
 
-_PLACE = re.compile(r"\{(?:image|table)#(\d+)\}")
+_PLACE = re.compile(r"\{(image|table)#(\d{1,9})\}")
 
 
 class Demon(Task):
     """ROUGE-L or accuracy, by the task's own type of question, as :mod:`vittle.metrics.demon` has them.
 
     A question is the record's instruction, its context and, where it has choices, `Choice list:['a', 'b']. Your answer
-    is:`, put together without spaces as in the released runner. Each `{image#k}` or `{table#k}`, in the order in which
-    they stand, is the k-th of `images_path`; where there are none, the images stand before the text.
+    is:`, put together without spaces as in the released runner. Each `{image#k}` or `{table#k}` is the k-th of
+    `images_path`; where images and tables are numbered apart, they follow one another there as they do in the text;
+    where there are none, the images stand before the text. Numbers as choices and responses are texts.
 
     Args:
         data: the task's folder, which holds `core/core.json` and `core/images`; or such a `core.json`.
@@ -75,7 +76,8 @@ class Demon(Task):
             yield self._sample(str(id), record, instructions, path.parent / "images", place)
 
     def _sample(self, id: str, record: Record, instructions: list[str], images: Path, place: str) -> Sample:
-        instance = object_of(record, "task_instance", place)
+        record = _with_texts(record, "response")
+        instance = _with_texts(object_of(record, "task_instance", place), "choice_list")
         number = integer_of(record, "task_instruction_id", place)
         if not 0 <= number < len(instructions):
             raise UserError(f"{place}: `task_instruction_id` is {number}; must be within [0, {len(instructions)})")
@@ -104,10 +106,28 @@ def _question_type(metadata: Mapping[str, Any], name: str, place: str) -> str:
 def _placed(text: str, instance: Mapping[str, Any], place: str) -> tuple[str, list[str]]:
     """The text with markers in place of what stands for images, and the path of each."""
     paths = texts_of(instance, "images_path", place)
-    numbers = [int(number) for number in _PLACE.findall(text)]
-    if numbers and set(numbers) != set(range(1, len(paths) + 1)):
+    places = [(kind, int(number)) for kind, number in _PLACE.findall(text)]
+    numbers, apart = {number for _, number in places}, list(dict.fromkeys(places))
+    if not places:
+        files = paths
+    elif numbers == set(range(1, len(paths) + 1)):
+        files = [paths[number - 1] for _, number in places]
+    elif len({kind for kind, _ in places}) == 2 and len(apart) == len(paths):
+        files = [paths[apart.index(each)] for each in places]
+    else:
         raise UserError(
-            f"{place}: the text has places for images {sorted(set(numbers))} and `images_path` has {len(paths)}; each "
+            f"{place}: the text has places for images {sorted(numbers)} and `images_path` has {len(paths)}; each "
             "must have the other"
         )
-    return _PLACE.sub(MARKER, text), [paths[number - 1] for number in numbers] or paths
+    return _PLACE.sub(MARKER, text), files
+
+
+def _with_texts(record: Record, name: str) -> Record:
+    """The record with numbers in a field as texts, as the released runner writes them."""
+
+    def text(value: object) -> object:
+        if isinstance(value, list):
+            return [text(each) for each in value]
+        return str(value) if type(value) in (int, float) else value
+
+    return {key: text(value) if key == name else value for key, value in record.items()}
