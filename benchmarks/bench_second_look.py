@@ -38,7 +38,7 @@ GENERATED = 33
 SHAPES = {
     "demo": DEMO,
     "demo-qformer": replace(DEMO, queries=16, query_layers=4, query_width=128),
-    "7b-qformer": Shape(4, 4096, 11008, 32, 32001, 4, 1408, 6144, 224, 14, 32, 4, 768),
+    "7b-qformer": Shape(4, 4096, 11008, 32, 32001, 4, 1408, 6144, 16, 224, 14, 32, 4, 768),
 }
 """The model of `vittle demo`, one as wide with a Q-Former, and Vicuna-7B behind BLIP-2's parts, of 4 layers each."""
 

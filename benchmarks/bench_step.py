@@ -54,7 +54,7 @@ class Workload:
 DEMO_BATCH = Workload(DEMO, 32, 15, checkpointed=False)
 """`vittle demo`'s."""
 
-SMALL = Workload(Shape(4, 128, 256, 4, 500, 2, 64, 256, 56, 14), 2, 12)
+SMALL = Workload(Shape(4, 128, 256, 4, 500, 2, 64, 256, 1, 56, 14), 2, 12)
 """Does it run at all?"""
 
 

@@ -20,6 +20,7 @@ class Shape:
     vision_layers: int
     vision_width: int
     vision_intermediate: int
+    vision_heads: int
     image: int
     patch: int
     queries: int = 0
@@ -35,10 +36,10 @@ class Shape:
         return self.vocabulary - 1
 
 
-LLAVA_7B = Shape(32, 4096, 11008, 32, 32064, 24, 1024, 4096, 336, 14)
+LLAVA_7B = Shape(32, 4096, 11008, 32, 32064, 24, 1024, 4096, 16, 336, 14)
 """LLaVA-1.5-7B."""
 
-DEMO = Shape(8, 128, 256, 4, 75, 4, 128, 512, 64, 16)
+DEMO = Shape(8, 128, 256, 4, 75, 4, 128, 512, 4, 64, 16)
 """The model of `vittle demo`."""
 
 
@@ -48,7 +49,7 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
 
     vision = {
         "hidden_size": shape.vision_width, "intermediate_size": shape.vision_intermediate,
-        "num_hidden_layers": shape.vision_layers, "num_attention_heads": max(1, shape.vision_width // 64),
+        "num_hidden_layers": shape.vision_layers, "num_attention_heads": shape.vision_heads,
         "image_size": shape.image, "patch_size": shape.patch,
     }  # fmt: skip
     text = hf.LlamaConfig(

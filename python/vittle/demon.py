@@ -16,7 +16,7 @@ from typing import Any
 
 from vittle.data.lines import integer_of, read_json, read_list
 from vittle.errors import UserError, must_be_at_least, shown
-from vittle.evaluation import SUMMARY, EvaluateConfig, load, prepared
+from vittle.evaluation import SETTINGS, SUMMARY, EvaluateConfig, load, prepared
 from vittle.files import save_json, save_text
 from vittle.metrics.demon import CATEGORIES, FULL_ONLY, QUESTION_TYPES, category_scores, must_be_a_task
 from vittle.shifts import CLEAN
@@ -81,13 +81,13 @@ def score(
 ) -> dict[str, Any]:
     """Scores `TASK/pred.json` files, wherever they were made, and writes the scores beside them.
 
+    The model and the samples with broken images are known where the predictions are those of :func:`run`.
+
     Args:
         data: the benchmark's folder, with `TASK/core/core.json`, whose references count.
         predictions: folder with `TASK/pred.json`.
         tasks: folders in both; none: all that have predictions.
         limit: the predictions are of the first samples of each task only.
-
-    The model and the samples with broken images are known where the predictions are those of :func:`run`.
 
     Returns:
         What ``demon.json`` holds.
@@ -107,11 +107,12 @@ def score(
         for folder, task in loaded.items()
     }
     asked = {folder: _asked(output / folder.name) for folder in loaded}
-    model, *others = dict.fromkeys(each["model"] for each in asked.values())
-    if others:
-        raise UserError(f"predictions {predictions} are of models {shown([model, *others])}; must be of one")
+    models = {digest: model for model, digest, _ in asked.values() if digest}
+    if len(models) > 1:
+        raise UserError(f"predictions {predictions} are of models {shown(list(models.values()))}; must be of one")
+    model = next(iter(models.values()), None) if all(digest for _, digest, _ in asked.values()) else None
     results = {
-        task.name: _scored(output / folder.name, task, task.samples[:limit], answers[folder], asked[folder]["broken"])
+        task.name: _scored(output / folder.name, task, task.samples[:limit], answers[folder], asked[folder][2])
         for folder, task in loaded.items()
     }
     return _finish(output, {"model": model, "limit": limit, "tasks": results})
@@ -175,13 +176,15 @@ def _predictions(path: Path, samples: Sequence[Sample]) -> dict[str, str]:
     return answers
 
 
-def _asked(folder: Path) -> dict[str, Any]:
-    """The model of predictions, and the samples whose images were broken, where `vittle demon` has made them."""
+def _asked(folder: Path) -> tuple[str, str, Mapping[str, str]]:
+    """The model of predictions, its digest, and why samples were not asked; nothing where another has made them."""
     path = folder / SUMMARY
-    found = read_json(path) if path.exists() else {}
+    if not (path.exists() and (folder / SETTINGS).exists()):
+        return "", "", {}
+    found = read_json(path)
     try:
-        return {"model": found["settings"]["model"] if found else None, "broken": dict(found.get("broken", {}))}
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return found["settings"]["model"], found["settings"]["model_sha256"], dict(found["broken"])
+    except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
@@ -189,13 +192,14 @@ def _scored(
     folder: Path, task: Demon, samples: Sequence[Sample], answers: Mapping[str, str], broken: Mapping[str, str]
 ) -> dict[str, Any]:
     """Writes both files of scores; returns what ``demon.json`` has of the task."""
+    broken = {id: reason for id, reason in broken.items() if answers.get(id) == ""}
     scores = {each.id: task.score_of(each, answers[each.id]) * (each.id not in broken) for each in samples}
     mean = fmean(scores.values())
     save_json(folder / SCORE, {"Rouge-L f" if task.is_open_ended else "Accuracy": mean})
     save_json(folder / SCORES, [{"id": id, "score": str(round(value, 3))} for id, value in scores.items()])
     category = next(category for category, tasks in CATEGORIES.items() if task.name in tasks)
     metric = "ROUGE-L" if task.is_open_ended else "accuracy"
-    return {"category": category, "metric": metric, "samples": len(scores), "score": mean, "broken": dict(broken)}
+    return {"category": category, "metric": metric, "samples": len(scores), "score": mean, "broken": broken}
 
 
 def _finish(output: Path, found: dict[str, Any]) -> dict[str, Any]:

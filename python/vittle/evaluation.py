@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +230,10 @@ def evaluate(config: EvaluateConfig, load: Callable[[str], tuple[Any, Any]] = lo
 
 @contextmanager
 def prepared(config: EvaluateConfig) -> Iterator[Run]:
-    """An evaluation that can begin: its folder is locked, and all that can be checked without the model is.
+    """An evaluation that can begin: its folder is locked, and all is checked but the model.
 
     Raises:
-        UserError: as :func:`evaluate`; the folder is as it was.
+        UserError: as :func:`evaluate`; no setting and no answer is written.
     """
     with alone_in(_usable(Path(config.output))):
         yield _checked(config)
@@ -253,8 +253,10 @@ class Run:
 
     def carried_out(self, load: Callable[[str], tuple[Any, Any]]) -> dict[str, Any]:
         """As :func:`evaluate`."""
-        loaded, folder = partial(load, self.config.model), self.evaluation.folder
-        save_json(folder / SETTINGS, self.evaluation.settings)
+        loaded = cache(partial(load, self.config.model))
+        if not all(map(self.evaluation.is_answered, self.conditions)):
+            loaded()  # before anything is written
+        save_json(self.evaluation.folder / SETTINGS, self.evaluation.settings)
         _ask(self, loaded)
         if self.endpoint is not None:
             _judge(self, self.endpoint)

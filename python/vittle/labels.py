@@ -14,6 +14,7 @@ from typing import Any
 
 from vittle.data import Collator, LlavaDataset
 from vittle.data.collate import IGNORED
+from vittle.files import save_text
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def show(dataset: LlavaDataset, collator: Collator, count: int, page: str | None
         item = dataset[index]
         samples.append((f"record {index}, id {item['id']}", list(spans(collator, item))))
     if page is not None:
-        Path(page).write_text(as_page(samples, str(dataset.path)), encoding="utf-8")
+        save_text(Path(page), as_page(samples, str(dataset.path)))
         print(f"{len(samples)} samples are in {page}")
         return
     print(in_terminal(samples, sys.stdout.isatty() and "NO_COLOR" not in os.environ))

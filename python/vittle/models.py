@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,18 @@ def fingerprint(path: str) -> str:
     if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise _no_model(path, FileNotFoundError("it has no config.json"))
     for file in sorted({file for pattern in _FILES for file in folder.glob(pattern)}):
-        with file.open("rb") as opened:
-            digest.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\0".encode())
+        stat = file.stat()
+        digest.update(f"{file.name}\0{_sha256(file, stat.st_size, stat.st_mtime_ns)}\0".encode())
     if (folder / ADAPTER_CONFIG).is_file():
         digest.update(fingerprint(_base_of(folder)).encode())
     return digest.hexdigest()
+
+
+@cache
+def _sha256(file: Path, size: int, changed: int) -> str:
+    """Of a file of this size, last changed then."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load_processor(path: str) -> Any:

@@ -252,6 +252,8 @@ class TestTask:
             ({"context": "{image#2}What?"}, "the text has places for images [2] and `images_path` has 2"),
             ({"context": "{image#0}{image#1}{image#2}What?"}, "the text has places for images [0, 1, 2] and"),
             ({"choice_list": None}, "`choice_list` is missing; must be a list of texts"),
+            ({"context": "{image#1}{table#3}What?"}, "the text has places for images [1, 3] and `images_path` has 2"),
+            ({"context": "{image#0}{table#7}What?"}, "the text has places for images [0, 7] and `images_path` has 2"),
             ({"choice_list": []}, "`choice_list` is []; must be"),
             ({"choice_list": ["a", "\ud800"]}, "`choice_list` has half a character at 0"),
             ({"response": "a cat"}, '`response` is "a cat"; must be of ["a red cat", "a blue dog"]'),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vittle.files import whole, write_json
+from vittle import UserError
+from vittle.files import save_json, whole, write_json
 
 
 def test_what_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -31,6 +32,8 @@ def test_where_no_file_can_be_the_error_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         write_json(tmp_path / "file" / "a.json", {})
+    with pytest.raises(UserError, match=r"file.a\.json cannot be written: Not a directory"):
+        save_json(tmp_path / "file" / "a.json", {})
 
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from vittle.discriminative import (
 )
 from vittle.discriminative.pairs import PROMPT
 from vittle.errors import UserError
+from vittle.pictures import rgb
 
 WIDTH, HEIGHT = 12, 8
 
@@ -249,10 +250,12 @@ class TestFolder:
         with pytest.raises(UserError, match=r"nowhere.out\.json cannot be written: No such file"):
             to_llava(path, tmp_path / "nowhere" / "out.json", captions_per_pair=0)
 
-    def test_a_print_is_kept_in_rgb(self, tmp_path: Path) -> None:
-        pictures = {name: Image.new("CMYK", (12, 8), (0, 255, 0, 0)) for name in ("image", "edited")}
-        (found,) = read_pairs(write_pairs(tmp_path, [pair(**pictures)]))
-        assert np.asarray(found.load().image)[0, 0].tolist() == [255, 0, 255]
+    @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "F"])
+    def test_pictures_of_any_mode_become_rgb(self, mode: str, tmp_path: Path) -> None:
+        pictures = {name: Image.new(mode, (12, 8)) for name in ("image", "edited")}
+        (found,) = read_pairs(write_pairs(tmp_path, [pair(significance=np.float64(0.5), **pictures)]))
+        black = rgb(pictures["image"])
+        assert found.load().image == found.load().edited == black and found.significance == 0.5
 
     def test_shows_no_pairs_until_all_are_written(self, tmp_path: Path) -> None:
         def broken() -> Iterator[Pair]:

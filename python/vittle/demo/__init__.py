@@ -19,6 +19,7 @@ from vittle.demo.report import draw, table
 from vittle.demo.scenes import write_dataset
 from vittle.errors import UserError
 from vittle.evaluate import Asking, ask, batches, progress_bar
+from vittle.files import save_json
 from vittle.methods.bottleneck import BottleneckConfig
 from vittle.shifts import CLEAN, Condition, Shift
 from vittle.tasks.exact import Exact
@@ -89,7 +90,7 @@ def run(output: str | Path, *, seed: int = 0, methods: Sequence[str] = ("plain",
             "seconds": round(time.perf_counter() - start, 1),
             "seed": seed,
         }
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        save_json(folder / "report.json", report)
         draw(report, folder / "report.png")
     print("\n" + table(report) + f"\n\nThe report, the plot and the models are in {output}.")
     return report

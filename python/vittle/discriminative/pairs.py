@@ -22,6 +22,7 @@ from vittle.data.llava import MARKER, decode, image_file
 from vittle.discriminative.significance import unit
 from vittle.errors import UserError, shown
 from vittle.files import save_json
+from vittle.pictures import rgb
 
 Kind = Literal["modify", "swap", "delete", "add"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -101,7 +102,7 @@ class StoredPair(_Told):
 
 
 def write_pairs(folder: str | Path, pairs: Iterable[Pair]) -> Path:
-    """Writes pairs as they come, pictures as PNG; returns `pairs.json`, which appears when all are written.
+    """Writes pairs as they come, pictures as PNG in RGB; returns `pairs.json`, which appears when all are written.
 
     Pairs of one and the same picture that come together share its file.
 
@@ -120,21 +121,24 @@ def write_pairs(folder: str | Path, pairs: Iterable[Pair]) -> Path:
     original: Image.Image | None = None
     image = ""
     for index, pair in enumerate(pairs):
-        told = {name: value for name, value in pair.told.items() if value is not None}
-        _check_told(told, f"pair {shown(pair.id)}")
-        if pair.id in records:
+        told = _check_told(pair.told, f"pair {shown(pair.id)}")
+        if told["id"] in records:
             raise UserError(f"pair {shown(pair.id)} stands twice; ids must differ")
-        pictures = {"edited": pair.edited, "mask": Image.fromarray(pair.mask)}
+        pictures = {"edited": rgb(pair.edited), "mask": Image.fromarray(pair.mask)}
         if pair.image is not original:
-            original = pictures["image"] = pair.image
+            original, pictures["image"] = pair.image, rgb(pair.image)
         if pair.attention is not None:
             pictures["attention"] = Image.fromarray(np.round(255 * unit(pair.attention)).astype(np.uint8))
         names = {"image": image}
         for name, picture in pictures.items():
             names[name] = f"images/{index:06}-{name}.png"
-            (picture.convert("RGB") if picture.mode == "CMYK" else picture).save(path.parent / names[name])
+            try:
+                picture.save(path.parent / names[name])
+            except OSError as error:
+                raise UserError(f"{path.parent / names[name]} cannot be written: {error.strerror}") from error
         image = names["image"]
-        records[pair.id] = {"id": pair.id, **names, **told}
+        said = {name: value for name, value in told.items() if value is not None}
+        records[told["id"]] = {"id": told["id"], **names, **said}
     if not records:
         raise UserError(f"there is no pair for {path}; must be at least one")
     save_json(path, list(records.values()))
@@ -229,7 +233,7 @@ def _check_told(record: Mapping[str, Any], place: str) -> dict[str, Any]:
         near = difflib.get_close_matches(kind, KINDS) or KINDS
         raise UserError(f"{place}: `kind` is {shown(kind)}; must be an edit such as {', '.join(near)}")
     score = record.get("significance")
-    if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
+    if score is not None and (isinstance(score, bool) or not (isinstance(score, int | float) and math.isfinite(score))):
         raise UserError(f"{place}: `significance` is {shown(score)}; must be a number")
     return {
         "id": id_of(record, "id", place),

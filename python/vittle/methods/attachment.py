@@ -143,7 +143,7 @@ class Host:
         """The model's forward pass with the methods around it."""
         if args and args[0] is self.model:  # accelerate binds a forward to its model when it unwraps one
             args = args[1:]
-        return self.passed(self._own, _named(self.forward, args, kwargs))
+        return self.passed(partial(_without_masks, self.forward), _named(self.forward, args, kwargs))
 
     def passed(self, forward: Forward, batch: dict[str, Any]) -> Any:
         """A forward pass, the model's own or its language model's, with the methods around it."""
@@ -209,9 +209,6 @@ class Host:
             del language.forward
             if before is not None:
                 language.forward = before
-
-    def _own(self, batch: dict[str, Any]) -> Any:
-        return _without_masks(self.own_forward or partial(type(self.model).forward, self.model), batch)
 
 
 def _without_masks(forward: Callable[..., Any], batch: Mapping[str, Any]) -> Any:

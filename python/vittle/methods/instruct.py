@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from vittle.errors import UserError
+from vittle.files import write_text
 
 Loss = Literal["response", "instruct"]
 
@@ -71,7 +72,7 @@ class TaskTemplates:
     def write(self, folder: Path) -> None:
         """Writes ``task_templates.json``: an object of sentences and counts, the most frequent first."""
         text = json.dumps(dict(self.counts), indent=1, ensure_ascii=False) + "\n"
-        (folder / FILE).write_text(text, encoding="utf-8")
+        write_text(folder / FILE, text)
 
     def spans(self, instruction: str) -> list[tuple[int, int]]:
         """Where an instruction has them."""

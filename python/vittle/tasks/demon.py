@@ -16,7 +16,7 @@ from vittle.tasks.task import Counts, Sample, Task, Values, share, with_images
 CORE = Path("core", "core.json")
 """In the folder of a task."""
 
-_PLACE = re.compile(r"\{(image|table)#(\d{1,9})\}")
+_PLACE = re.compile(r"\{(image|table)#(\d{1,4000})\}")
 
 
 class Demon(Task):
@@ -108,11 +108,13 @@ def _placed(text: str, instance: Mapping[str, Any], place: str) -> tuple[str, li
     paths = texts_of(instance, "images_path", place)
     places = [(kind, int(number)) for kind, number in _PLACE.findall(text)]
     numbers, apart = {number for _, number in places}, list(dict.fromkeys(places))
+    of_kinds = [[number for each, number in apart if each == kind] for kind in ("image", "table")]
+    are_counted = all(each == list(range(1, len(each) + 1)) for each in of_kinds)
     if not places:
         files = paths
     elif numbers == set(range(1, len(paths) + 1)):
         files = [paths[number - 1] for _, number in places]
-    elif len({kind for kind, _ in places}) == 2 and len(apart) == len(paths):
+    elif are_counted and len(apart) == len(paths):
         files = [paths[apart.index(each)] for each in places]
     else:
         raise UserError(
@@ -130,4 +132,4 @@ def _with_texts(record: Record, name: str) -> Record:
             return [text(each) for each in value]
         return str(value) if type(value) in (int, float) else value
 
-    return {key: text(value) if key == name else value for key, value in record.items()}
+    return record | {name: text(record[name])} if name in record else record
