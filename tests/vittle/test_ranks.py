@@ -22,6 +22,7 @@ from processes import ENVIRONMENT, ROOT, call, split, together, torchrun, tune
 from tiny import tiny_llava
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import vittle
 from vittle.data import ModalityLengthSampler
@@ -173,9 +174,12 @@ def test_batches_are_filled_with_their_own_modality(count: tuple[int, int]) -> N
         assert len({images[i] for i in order[start : start + 8]}) == 1
 
 
+@pytest.mark.parametrize("look", [None, 2])
 @pytest.mark.parametrize("layer", [1, 3])
-def test_fsdp_finds_every_layer_by_its_class(layer: int) -> None:
+def test_fsdp_finds_every_layer_by_its_class(layer: int, look: int | None) -> None:
     model = tiny_llava()
+    if look is not None:
+        vittle.attach_vpgc(model, vittle.VPGCConfig(layer=look))
     vittle.attach_bottleneck(model, vittle.BottleneckConfig(layer=layer))
     config = yaml.safe_load((ROOT / "docs" / "recipes" / "launch" / "fsdp2.yaml").read_text())["fsdp_config"]
     names = config["fsdp_transformer_layer_cls_to_wrap"].split(",")
@@ -185,7 +189,9 @@ def test_fsdp_finds_every_layer_by_its_class(layer: int) -> None:
     policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
     assert policy is not None and all(policy(each) for each in model.get_decoder().layers)
     vittle.detach_bottleneck(model)
-    assert len({type(each) for each in model.get_decoder().layers}) == 1
+    if look is not None:
+        vittle.detach_vpgc(model)
+    assert {type(each) for each in model.get_decoder().layers} == {LlamaDecoderLayer}
 
 
 def command(data: dict[str, str], output: Path, *more: str) -> list[str]:

@@ -289,6 +289,8 @@ def page(found: Mapping[str, Any]) -> str:
         "",
         "![accuracy by condition](second_look.png)",
         "",
+        "A dot is a seed, a bar their mean, the dotted line the base as it is.",
+        "",
         "## Made with",
         "",
         f"`python -m vittle.demo.second_look`, commit {made['commit']}, {made['cpu']}, torch {made['torch']}.",

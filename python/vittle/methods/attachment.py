@@ -10,7 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial, wraps
+from functools import cache, cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -363,14 +363,15 @@ def detach(attachment: Attachment) -> None:
         raise UserError(f"the {type(model).__name__} is sharded; it keeps its {attachment.name}")
     layers = decoder_layers(model)[0]
     for layer in layers:
-        layer._after.pop(attachment.name, None)  # type: ignore[operator, union-attr]
+        layer.__dict__.get("_after", {}).pop(attachment.name, None)
     delattr(model, attachment.name)
     del host.attachments[attachment.name]
     if host.attachments:
         return
     for layer in layers:
-        del layer.__dict__["_after"], layer.__dict__["_ended"]
-        layer.__class__ = type(layer).__mro__[1]
+        if "_after" in layer.__dict__:
+            del layer.__dict__["_after"], layer.__dict__["_ended"]
+            layer.__class__ = type(layer).__mro__[1]
     del model.forward, model._vittle
     for name in ("generate", "save_pretrained", *peft.ADAPTER_METHODS):
         model.__dict__.pop(name, None)
@@ -409,19 +410,18 @@ def _end_in(layers: nn.ModuleList, name: str, after: Mapping[int, AfterLayer], h
 
     A subclass of the layers' own class overrides ``__call__``: the names of parameters stay, and the function stands
     outside the region that gradient checkpointing recomputes, where a forward hook is inside it on transformers 5.17.
-    All layers get the one subclass: FSDP's wrapping policies look for the class of the first.
+    Where the first layer is among them, all get the subclass: FSDP's wrapping policies take the first's class.
     """
-    classes: dict[type, type] = {}
     for number, layer in enumerate(layers, start=1):
-        if "_after" not in layer.__dict__:
-            original = type(layer)
-            classes.setdefault(original, _subclass(original))
+        if "_after" not in layer.__dict__ and (1 in after or number in after):
             layer._after, layer._ended = {}, partial(host.ended, number)  # type: ignore[assignment]
-            layer.__class__ = classes[original]
+            original: Any = type(layer)
+            layer.__class__ = _subclass(original)
         if number in after:
             layer.__dict__["_after"][name] = after[number]
 
 
+@cache
 def _subclass(original: Any) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original.__call__(self, *args, **kwargs)
