@@ -51,16 +51,20 @@ DATA: tuple[Data, ...] = get_args(Data)
 PAIRS = DATA[1]
 
 LOOK: dict[str, Any] = {"vpgc": VPGCConfig(layer=2), "bottleneck": None, "tuning": "frozen"}
+L2T: dict[str, Any] = {"loss": "instruct", "task_templates": "0"}
 METHODS: dict[str, dict[str, Any]] = {
     "projection": {"bottleneck": None, "tuning": "projector"},
     "VPG-C": LOOK,
     "VPG-C after half": LOOK | {"vpgc": VPGCConfig()},
     "VPG-C + bottleneck": LOOK | {"bottleneck": BottleneckConfig()},
-    "VPG-C + L2T": LOOK | {"loss": "instruct", "task_templates": "0"},
+    "VPG-C + L2T": LOOK | L2T,
+    "VPG-C + bottleneck + L2T": LOOK | L2T | {"bottleneck": BottleneckConfig()},
 }
 """What is trained: the projection alone, or the methods' own weights alone. The paper's look is after half of the
 layers; this Llama of 8 has read its images by then.
 """
+
+BESIDE = ("bottleneck", "L2T", "bottleneck + L2T")
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 24,
@@ -107,8 +111,7 @@ class Condition:
 CONDITIONS: tuple[Condition, ...] = (
     *(Condition(form, method, data) for form in FORMS for method in ("projection", "VPG-C") for data in DATA),
     Condition("qformer", "VPG-C after half", PAIRS),
-    Condition("linear", "VPG-C + bottleneck", PAIRS),
-    Condition("linear", "VPG-C + L2T", PAIRS),
+    *(Condition("linear", f"VPG-C + {others}", PAIRS) for others in BESIDE),
 )
 QUESTIONS: tuple[tuple[Form, str, str], ...] = (
     *(
@@ -122,8 +125,7 @@ QUESTIONS: tuple[tuple[Form, str, str], ...] = (
         )
     ),
     ("qformer", f"VPG-C, {PAIRS}", f"VPG-C after half, {PAIRS}"),
-    ("linear", f"VPG-C + bottleneck, {PAIRS}", f"VPG-C, {PAIRS}"),
-    ("linear", f"VPG-C + L2T, {PAIRS}", f"VPG-C, {PAIRS}"),
+    *(("linear", f"VPG-C + {others}, {PAIRS}", f"VPG-C, {PAIRS}") for others in BESIDE),
 )
 """What the experiment asks: whether, of a form, the first is better than the second."""
 

@@ -143,7 +143,9 @@ class Host:
         """The model's forward pass with the methods around it."""
         if args and args[0] is self.model:  # accelerate binds a forward to its model when it unwraps one
             args = args[1:]
-        return self.passed(partial(_without_masks, self.forward), _named(self.forward, args, kwargs))
+        # No bound method, which leads torch.compile back to this call.
+        own = self.own_forward or partial(type(self.model).forward, self.model)
+        return self.passed(partial(_without_masks, own), _named(self.forward, args, kwargs))
 
     def passed(self, forward: Forward, batch: dict[str, Any]) -> Any:
         """A forward pass, the model's own or its language model's, with the methods around it."""
